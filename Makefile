@@ -1,0 +1,119 @@
+# Everything runs in one virtual environment, which is made on first use:
+#
+#   make embed        embed the proteins of examples/ (FASTA=my.fasta OUT=my.h5 for yours)
+#   make test         run the test suite                (PYTEST_ARGS="-k golden" for a part)
+#   make lint types   ruff; mypy
+#   make wheel-test   build sdist and wheel, run the suite against the installed wheel
+#   make bench        the benchmarks
+#   make dev          the environment with every development tool
+#   make clean        remove the environment and whatever was built
+#
+# PYTHON=python3.12 picks the interpreter, VENV=folder the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+FASTA ?= examples/proteins.fasta
+OUT ?= embeddings.h5
+# A folder with a model, an official .pkl, a hub name, or "proteinbert"; empty: an untrained model.
+MODEL ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+SOURCES := setup.py pyproject.toml constraints.txt proteinbert_fast/_version.py $(wildcard csrc/*)
+
+.PHONY: help embed test lint types wheel-test bench dev clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+# Runs before anything is installed, on whatever $(PYTHON) is: plain code that any Python 3 can read.
+define CHECK_MACHINE
+import os, shutil, sys, sysconfig
+
+def need(good, line):
+    if not good:
+        sys.exit("make: " + line)
+
+version = ".".join(str(n) for n in sys.version_info[:3])
+need((3, 11) <= sys.version_info[:2] <= (3, 13),
+     sys.executable + " is Python " + version + ", but 3.11, 3.12 or 3.13 is needed: say which, as in 'make PYTHON=python3.12'")
+try:
+    import ensurepip, venv
+except ImportError:
+    need(False, "this Python cannot make virtual environments: install its venv package (on Debian and Ubuntu: apt install python3-venv)")
+compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()[0]
+need(shutil.which(compiler),
+     "no C++ compiler (" + compiler + "), which the tokenizer is built with: install one (on Debian and Ubuntu: apt install g++), or set CXX")
+need(os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")),
+     "Python.h is missing, which the tokenizer is built with: install Python's headers (on Debian and Ubuntu: apt install python3-dev)")
+endef
+export CHECK_MACHINE
+
+# Stamps: a step runs again only when what it was made from is newer.
+$(VENV)/.made:
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) here: install Python 3.11 to 3.13, or say where it is, as in 'make PYTHON=/path/to/python3'" >&2; exit 1; }
+	@$(PYTHON) -c "$$CHECK_MACHINE"
+	@echo "==> making the environment $(VENV) with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.build-tools: $(VENV)/.made constraints.txt
+	$(PIP_INSTALL) --quiet setuptools pybind11
+	@touch $@
+
+# The build tools stand in the environment, so that building again needs no download.
+$(VENV)/.base: $(VENV)/.build-tools $(SOURCES)
+	@echo "==> installing proteinbert_fast (the first time with PyTorch, which is large: minutes)"
+	$(PIP_INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.build-tools $(SOURCES)
+	@echo "==> installing proteinbert_fast and what its tests need (the first time with PyTorch, which is large: minutes)"
+	$(PIP_INSTALL) --no-build-isolation --editable '.[test]'
+	@touch $(VENV)/.base $@
+
+$(VENV)/.dev: $(VENV)/.build-tools $(SOURCES)
+	@echo "==> installing proteinbert_fast and every development tool"
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $(VENV)/.base $(VENV)/.test $@
+
+embed: $(VENV)/.base
+	@$(if $(MODEL),,echo "==> NO TRAINED WEIGHTS come with this package yet: random ones show how it runs. 'make embed MODEL=proteinbert' fetches the official ones.")
+	$(BIN)/proteinbert-fast embed $(FASTA) --output $(OUT) --overwrite $(if $(MODEL),--model $(MODEL),--untrained)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+dev: $(VENV)/.dev
+
+# The suite runs beside no package source: in the unpacked sdist without proteinbert_fast/ and csrc/, so that what is
+# imported can only be the installed wheel. That shows the sdist to be complete, too.
+wheel-test: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	set -eu; \
+	temp=$$(mktemp -d); trap 'rm -rf "$$temp"' EXIT; \
+	mkdir "$$temp/tree"; \
+	tar -xzf dist/*.tar.gz -C "$$temp/tree" --strip-components 1; \
+	rm -r "$$temp/tree/proteinbert_fast" "$$temp/tree/csrc" "$$temp/tree/setup.py"; \
+	echo "==> installing $$(echo dist/*.whl) into a new environment"; \
+	$(PYTHON) -m venv "$$temp/venv"; \
+	"$$temp/venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(echo dist/*.whl)[test]"; \
+	cd "$$temp/tree"; \
+	"$$temp/venv/bin/python" -c 'import proteinbert_fast; print("==> testing", proteinbert_fast.__file__)'; \
+	"$$temp/venv/bin/python" -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks embeddings.h5*
+	find proteinbert_fast benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+	find proteinbert_fast -name '*.so' -delete

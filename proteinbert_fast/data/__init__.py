@@ -1,0 +1,1 @@
+"""Reading what models are fed with: FASTA so far."""

@@ -1,0 +1,452 @@
+"""The unfinished run beside an output file: shards that are complete or absent, and a manifest that names
+them.
+
+``embeddings.h5`` is written by way of the folder ``embeddings.h5.partial``::
+
+    lock              held by the one process that writes
+    manifest.json     what run this is, and which shards are complete
+    shard-000000.bin  the embeddings of some records in a row, in input order
+
+A shard is written under another name, flushed to the disk and renamed; then the folder is flushed; then the
+manifest, itself replaced as a whole, names the shard. So a process may be killed at any moment: what the
+manifest names is there, and the rest is deleted by the next run. Shards are plain bytes written with plain
+system calls: the HDF5 library cannot be trusted when a disk is full (it crashes the process when it closes
+the file).
+"""
+
+import fcntl
+import json
+import os
+import time
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import chain
+from types import TracebackType
+from typing import Any, NamedTuple, NoReturn, Self
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from proteinbert_fast.errors import InputError, ProteinBertError
+
+Run = dict[str, Any]
+
+SCHEMA = 1
+SHARD_BYTES = 1 << 30
+SHARD_SECONDS = 60.0  # at most this much work is lost when a process is killed
+
+MANIFEST = "manifest.json"
+LOCK = "lock"
+OPEN_SHARD = "shard.tmp"
+
+# Names of the same weights may differ between two runs: the weights themselves are compared.
+_NOT_COMPARED = {"model", "model_sha256"}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A complete shard, as the manifest names it.
+
+    Its file holds the rows, then int64 lengths, then int64 full lengths, then the ids, a line end between
+    them.
+
+    Attributes:
+        file: name in the folder.
+        records: records in it.
+        row_bytes: bytes of all rows.
+        id_bytes: bytes of all ids.
+        crc32: of the whole file.
+        n_overflowed: records with a value too large for float16.
+    """
+
+    file: str
+    records: int
+    row_bytes: int
+    id_bytes: int
+    crc32: int
+    n_overflowed: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.row_bytes + 16 * self.records + self.id_bytes
+
+
+class PartialRun:
+    """The claim of one process on an output file, and the shards that this or an earlier process has
+    completed.
+
+    Use as a context. On leaving it, what was added since the last shard is made a shard, also after an error;
+    the folder stays for a later resume unless `finish` was called or there is no shard.
+
+    Args:
+        output: the HDF5 file to be.
+        resume: go on with an interrupted run, if there is one.
+        overwrite: replace what is there.
+
+    Raises:
+        InputError: something is there and neither resume nor overwrite was asked for, or another process is
+            writing.
+        ProteinBertError: the folder of the output cannot be written to.
+    """
+
+    def __init__(self, output: str, *, resume: bool, overwrite: bool) -> None:
+        if resume and overwrite:
+            raise InputError("resume and overwrite exclude each other: go on with what is there, or replace it")
+        self.output = output
+        self.folder = output + ".partial"
+        self.run: Run = {}
+        self.shards: list[Shard] = []
+        self._resume = resume
+        self._overwrite = overwrite
+        self._lock = -1
+        self._open: _OpenShard | None = None
+        self._begun = False
+        self._manifest_is_current = True
+        self._check_output()
+
+    def _check_output(self) -> None:
+        parent = os.path.dirname(os.path.abspath(self.output))
+        if not os.path.isdir(parent):
+            raise InputError(f"{self.output}: there is no folder {parent}")
+        if os.path.isdir(self.output):
+            raise InputError(f"{self.output}: is a directory; name a file in it")
+        if os.path.exists(self.output) and not os.path.isfile(self.output):
+            raise InputError(f"{self.output}: is not a regular file, and HDF5 needs one")
+        if self._resume or self._overwrite:
+            return
+        if os.path.exists(self.output):
+            raise InputError(f"{self.output}: exists; replace it with --overwrite")
+        if os.path.exists(self.path(MANIFEST)):
+            raise InputError(
+                f"{self.output}: an interrupted run is in {self.folder}; "
+                "go on with --resume, or start anew with --overwrite"
+            )
+
+    def __enter__(self) -> Self:
+        try:
+            self._take_lock()
+        except OSError as error:
+            raise self.unwritable(error) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            with suppress(OSError):
+                self._commit()
+        finally:
+            if self._open is not None:
+                self._open.discard()
+            with suppress(OSError):
+                if self._begun and not self.shards:
+                    _remove(self.path(MANIFEST))
+                self._remove_leftovers(keep_shards=not self._begun)
+                self._release()
+
+    def _take_lock(self) -> None:
+        while True:
+            os.makedirs(self.folder, exist_ok=True)
+            lock = os.open(self.path(LOCK), os.O_CREAT | os.O_RDWR, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(lock)
+                raise InputError(f"{self.output}: another process is writing it now") from error
+            # The last owner may have deleted the file between our opening and locking it.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(self.path(LOCK))):
+                    self._lock = lock
+                    return
+            os.close(lock)
+
+    def _release(self) -> None:
+        if not os.path.exists(self.path(MANIFEST)):
+            _remove(self.path(LOCK))
+            with suppress(OSError):  # somebody else's files are in it
+                os.rmdir(self.folder)
+        os.close(self._lock)
+
+    def begin(self, run: Run) -> bool:
+        """Starts the run, or goes on with it. Afterwards ``self.run`` describes it.
+
+        Returns:
+            Whether the output is already complete.
+
+        Raises:
+            InputError: what is there belongs to another run; names the difference.
+            ProteinBertError: the disk cannot be written to.
+        """
+        run = json.loads(json.dumps(run))
+        manifest = self._read_manifest() if self._resume else None
+        if self._resume and os.path.exists(self.output):
+            done = run_of(self.output)
+            difference = "it is no embeddings file of this version" if done is None else _difference(done, run)
+            if done is not None and not difference:
+                self.run, self._begun = done, True
+                return True
+            if manifest is None:
+                raise InputError(f"{self.output}: cannot resume: {difference}; replace it with --overwrite")
+            if not manifest["overwrite"]:
+                raise InputError(f"{self.output}: another run has made it meanwhile; move it away to resume")
+        if manifest is None:
+            self.run = run
+        else:
+            if difference := _difference(manifest["run"], run):
+                raise InputError(f"{self.output}: cannot resume: {difference}; start anew with --overwrite")
+            self.run, self._overwrite = manifest["run"], manifest["overwrite"]
+            self.shards = [Shard(**shard) for shard in manifest["shards"]]
+            self._check_shards()
+        try:
+            self._begun = True
+            self._write_manifest()
+            self._remove_leftovers()
+        except OSError as error:
+            raise self.unwritable(error) from error
+        return False
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        try:
+            with open(self.path(MANIFEST), encoding="utf-8") as file:
+                manifest: dict[str, Any] = json.load(file)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path(MANIFEST)}: cannot be read; start anew with --overwrite") from error
+        if manifest.get("schema") != SCHEMA:
+            raise InputError(f"{self.folder}: was made by another version; start anew with --overwrite")
+        return manifest
+
+    def _check_shards(self) -> None:
+        for shard in self.shards:
+            path = self.path(shard.file)
+            if not os.path.exists(path) or os.path.getsize(path) != shard.size:
+                raise InputError(f"{path}: is missing or damaged; start anew with --overwrite")
+
+    def claim_name(self) -> None:
+        """Refuses to replace an output that appeared while this run was on its way, unless it may overwrite.
+
+        Raises:
+            InputError: there is one.
+        """
+        if not self._overwrite and os.path.exists(self.output):
+            raise InputError(f"{self.output}: was made meanwhile; move it away and go on with --resume")
+
+    @property
+    def records_done(self) -> int:
+        """Records in complete shards."""
+        return sum(shard.records for shard in self.shards)
+
+    def add_rows(self, rows: npt.NDArray[Any]) -> None:
+        """Writes rows of the records that the next `add_records` will name.
+
+        Raises:
+            ProteinBertError: the disk cannot be written to; says how many records are safe.
+        """
+        try:
+            if self._open is None:
+                self._open = _OpenShard(self.path(OPEN_SHARD))
+            self._open.write(rows)
+        except OSError as error:
+            self._give_up(error)
+
+    def add_records(
+        self, ids: Sequence[str], lengths: Sequence[int], full_lengths: Sequence[int], n_overflowed: int = 0
+    ) -> None:
+        """Names the records whose rows were added. From time to time this completes a shard.
+
+        Args:
+            ids: one of each record.
+            lengths: residues that were embedded.
+            full_lengths: residues that the record has.
+            n_overflowed: records with a value too large for the storage dtype.
+
+        Raises:
+            ProteinBertError: the disk cannot be written to; says how many records are safe.
+        """
+        assert self._open is not None
+        self._open.add_records(ids, lengths, full_lengths, n_overflowed)
+        if self._open.written >= SHARD_BYTES or time.monotonic() - self._open.since >= SHARD_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        """Completes the open shard, if there is one.
+
+        Raises:
+            ProteinBertError: the disk cannot be written to; says how many records are safe.
+        """
+        try:
+            self._commit()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> NoReturn:
+        # The rows of unfinished records make room for the rest.
+        with suppress(OSError):
+            self._commit()
+        raise self.unwritable(error) from error
+
+    def _commit(self) -> None:
+        if self._open is not None:
+            if self._open.is_empty:
+                self._open.discard()
+            else:
+                shard = self._open.complete(self.path(""), f"shard-{len(self.shards):06d}.bin")
+                self.shards.append(shard)
+                self._manifest_is_current = False
+            self._open = None
+        if not self._manifest_is_current:
+            self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        manifest = {
+            "schema": SCHEMA,
+            "run": self.run,
+            "overwrite": self._overwrite,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        with open(self.path(MANIFEST + ".tmp"), "w", encoding="utf-8") as file:
+            json.dump(manifest, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self.path(MANIFEST + ".tmp"), self.path(MANIFEST))
+        flush_folder(self.folder)
+        self._manifest_is_current = True
+
+    def finish(self) -> None:
+        """Removes the folder, after the output has its name."""
+        _remove(self.path(MANIFEST))
+        self.shards = []
+        self._remove_leftovers()
+
+    def path(self, name: str) -> str:
+        """Where a file of the folder is."""
+        return os.path.join(self.folder, name)
+
+    def unwritable(self, error: OSError) -> ProteinBertError:
+        """The error to raise when writing failed."""
+        why = error.strerror or str(error).splitlines()[0]
+        safe = ""
+        if self.shards:
+            safe = f"; {self.records_done:,} records are safe in {self.folder}, go on with --resume"
+        return ProteinBertError(f"{self.output}: cannot be written: {why}{safe}")
+
+    def _remove_leftovers(self, keep_shards: bool = False) -> None:
+        named = {shard.file for shard in self.shards}
+        for name in os.listdir(self.folder):
+            is_leftover = name.endswith(".tmp") or name.startswith("input-")
+            if name.startswith("shard-") and name.endswith(".bin"):
+                is_leftover = not keep_shards and name not in named
+            if is_leftover:
+                _remove(self.path(name))
+
+
+class _Added(NamedTuple):
+    """Records that were named, and the state of the shard after their rows."""
+
+    ids: Sequence[str]
+    lengths: Sequence[int]
+    full_lengths: Sequence[int]
+    n_overflowed: int
+    row_bytes: int
+    crc32: int
+
+
+class _OpenShard:
+    """A shard that is being written, under a name that no manifest holds."""
+
+    def __init__(self, path: str) -> None:
+        self.since = time.monotonic()
+        self.written = 0
+        # One list with one entry per call: an interrupt never leaves it half changed.
+        self._added: list[_Added] = []
+        self._crc32 = 0
+        self._path = path
+        self._file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o666)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._added
+
+    def write(self, rows: npt.NDArray[Any]) -> None:
+        data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+        self._crc32 = zlib.crc32(data, self._crc32)
+        self.written += len(data)
+        _write_all(self._file, data)
+
+    def add_records(
+        self, ids: Sequence[str], lengths: Sequence[int], full_lengths: Sequence[int], n_overflowed: int
+    ) -> None:
+        self._added.append(_Added(ids, lengths, full_lengths, n_overflowed, self.written, self._crc32))
+
+    def complete(self, folder: str, name: str) -> Shard:
+        """Gives the shard its name; it is on the disk then. Rows without a record are left out."""
+        ids = list(chain.from_iterable(added.ids for added in self._added))
+        lengths = list(chain.from_iterable(added.lengths for added in self._added))
+        full_lengths = list(chain.from_iterable(added.full_lengths for added in self._added))
+        row_bytes, crc32 = self._added[-1].row_bytes, self._added[-1].crc32
+        names = "\n".join(ids).encode()
+        tail = np.array([lengths, full_lengths], "<i8").tobytes() + names
+        os.ftruncate(self._file, row_bytes)
+        os.lseek(self._file, row_bytes, os.SEEK_SET)
+        _write_all(self._file, memoryview(tail))
+        os.fsync(self._file)
+        os.replace(self._path, os.path.join(folder, name))
+        flush_folder(folder)
+        os.close(self._file)
+        n_overflowed = sum(added.n_overflowed for added in self._added)
+        return Shard(name, len(ids), row_bytes, len(names), zlib.crc32(tail, crc32), n_overflowed)
+
+    def discard(self) -> None:
+        os.close(self._file)
+        _remove(self._path)
+
+
+def run_of(output: str) -> Run | None:
+    """What run made an embeddings file; None if it is not one of this version."""
+    try:
+        with h5py.File(output, "r") as file:
+            if file.attrs.get("schema_version") != SCHEMA:
+                return None
+            run: Run = json.loads(file.attrs["run"])
+            return run
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def flush_folder(folder: str) -> None:
+    """Makes the names in a folder last through a power cut."""
+    handle = os.open(folder or ".", os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _difference(old: Run, new: Run) -> str:
+    """What is different between two runs, or nothing."""
+    for key in [*old, *(key for key in new if key not in old)]:
+        was, now = old.get(key), new.get(key)
+        if was == now or key in _NOT_COMPARED:
+            continue
+        if key == "input" and was is not None and now is not None:
+            if [file["name"] for file in was] == [file["name"] for file in now]:
+                changed = [a["name"] for a, b in zip(was, now, strict=True) if a != b]
+                return f"the content of {', '.join(changed)} has changed"
+            was, now = ([file["name"] for file in files] for files in (was, now))
+        return f"{key} was {json.dumps(was)}, now {json.dumps(now)}"
+    return ""
+
+
+def _write_all(file: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(file, data) :]
+
+
+def _remove(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)

@@ -1,0 +1,356 @@
+"""ProteinBERT as an ordinary ``torch.nn.Module`` over packed batches.
+
+The architecture is that of Brandes et al. (2022, doi:10.1093/bioinformatics/btac020): a local state per token and a
+global state per protein; each block runs two convolutions over the local track, lets the global track attend to it,
+and tells the local track of the next block what the global track has become.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from proteinbert_fast.config import LAYER_NORM_EPS, VOCABULARY_SIZE, ProteinBertConfig
+from proteinbert_fast.errors import InputError
+from proteinbert_fast.ops import backends, reference
+from proteinbert_fast.ops.backends import Choice, Operations
+from proteinbert_fast.ops.reference import GlobalBlockWeights, LocalBlockWeights
+from proteinbert_fast.outputs import PaddedOutput, ProteinBertOutput
+from proteinbert_fast.packing import PackedBatch
+
+Annotations = Tensor | tuple[Tensor, Tensor]
+
+
+class AnnotationInput(nn.Module):
+    """First global states from GO annotations; the kernel lies as (N, G), so that set terms are rows to add up."""
+
+    def __init__(self, config: ProteinBertConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.n_annotations, config.d_global))
+        self.bias = nn.Parameter(torch.empty(config.d_global))
+
+    def forward(self, annotations: Annotations | None, n_proteins: int, operations: Operations) -> Tensor:
+        """(B, G) from dense (B, N), sparse (indices, offsets), or no annotations."""
+        if annotations is None:
+            return reference.embed_annotations(None, self.weight, self.bias, n_proteins)
+        if isinstance(annotations, Tensor):
+            summed = operations.by_protein(lambda dense: reference.sum_annotations(dense, self.weight), annotations)
+        else:
+            summed = reference.sum_annotations(annotations, self.weight)
+        return operations.by_protein(lambda terms: reference.gelu(terms + self.bias), summed)
+
+
+class Block(nn.Module):
+    """One block: local track, global attention, global track."""
+
+    def __init__(self, config: ProteinBertConfig) -> None:
+        super().__init__()
+        d, g, taps = config.d_local, config.d_global, config.kernel_size
+        self.n_heads = config.n_heads
+        self.wide_dilation = config.wide_dilation
+        self.broadcast = nn.Linear(g, d)
+        self.narrow_conv = nn.Conv1d(d, d, taps)
+        self.wide_conv = nn.Conv1d(d, d, taps, dilation=config.wide_dilation)
+        self.local_norm1 = nn.LayerNorm(d, LAYER_NORM_EPS)
+        self.local_dense = nn.Linear(d, d)
+        self.local_norm2 = nn.LayerNorm(d, LAYER_NORM_EPS)
+        self.global_dense1 = nn.Linear(g, g)
+        self.query = nn.Linear(g, config.n_heads * config.d_key, bias=False)
+        self.key = nn.Linear(d, config.n_heads * config.d_key, bias=False)
+        self.value = nn.Linear(d, g, bias=False)
+        self.global_norm1 = nn.LayerNorm(g, LAYER_NORM_EPS)
+        self.global_dense2 = nn.Linear(g, g)
+        self.global_norm2 = nn.LayerNorm(g, LAYER_NORM_EPS)
+
+    def local_weights(self) -> LocalBlockWeights:
+        """The local track's parameters, as the operations take them."""
+        return LocalBlockWeights(
+            *_weight_and_bias(self.narrow_conv),
+            *_weight_and_bias(self.wide_conv),
+            *_weight_and_bias(self.local_norm1),
+            *_weight_and_bias(self.local_dense),
+            *_weight_and_bias(self.local_norm2),
+        )
+
+    def global_weights(self) -> GlobalBlockWeights:
+        """The global track's parameters, as the operations take them."""
+        return GlobalBlockWeights(
+            *_weight_and_bias(self.global_dense1),
+            *_weight_and_bias(self.global_norm1),
+            *_weight_and_bias(self.global_dense2),
+            *_weight_and_bias(self.global_norm2),
+        )
+
+    def forward(
+        self,
+        local: Tensor,
+        global_state: Tensor,
+        batch: PackedBatch,
+        operations: Operations,
+        keep_hidden: bool,
+        return_attention: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
+        """Local (R, D) and global (B, G) states to the next ones.
+
+        Returns:
+            hidden local (R, D) or None, local (R, D), hidden global (B, G), global (B, G), attention (R, H) or None.
+        """
+        broadcast = operations.by_protein(
+            lambda g: reference.broadcast_global(g, self.broadcast.weight, self.broadcast.bias), global_state
+        )
+        hidden_local, local = operations.local_block(
+            local, broadcast, batch, self.local_weights(), self.wide_dilation, keep_hidden
+        )
+        attended = operations.global_attention(
+            local,
+            global_state,
+            batch,
+            self.query.weight,
+            self.key.weight,
+            self.value.weight,
+            self.n_heads,
+            return_attention,
+        )
+        weights = self.global_weights()
+        both = operations.by_protein(
+            lambda g, pooled: torch.cat(reference.global_block(g, pooled, weights), dim=-1),
+            global_state,
+            attended.pooled,
+        )
+        hidden_global, global_state = both.chunk(2, dim=-1)
+        return hidden_local, local, hidden_global, global_state, attended.weights
+
+
+class ProteinBert(nn.Module):
+    """The protein language model ProteinBERT.
+
+    Args:
+        config: sizes; the published ones when None.
+        backend: "auto" (the fastest that fits), "cpu", "triton" or "reference".
+
+    Attributes:
+        config: sizes of the model.
+        backend: the back end asked for; see ``backend_report``.
+        checkpoint_source: where the weights came from, or None.
+        checkpoint_sha256: SHA-256 of the weights file, or None.
+        is_pretrained: whether the weights came from a checkpoint.
+
+    Raises:
+        InputError: the back end is unknown.
+        BackendError: the back end cannot run in this installation.
+    """
+
+    def __init__(self, config: ProteinBertConfig | None = None, backend: backends.Backend = "auto") -> None:
+        super().__init__()
+        backends.check_backend(backend)
+        self.config = config or ProteinBertConfig()
+        self.backend: backends.Backend = backend
+        self.checkpoint_source: str | None = None
+        self.checkpoint_sha256: str | None = None
+        self.is_pretrained = False
+        self.annotation_input = AnnotationInput(self.config)
+        self.token_embedding = nn.Embedding(VOCABULARY_SIZE, self.config.d_local)
+        self.blocks = nn.ModuleList(Block(self.config) for _ in range(self.config.n_blocks))
+        self.token_head = nn.Linear(self.config.d_local, VOCABULARY_SIZE)
+        self.annotation_head = nn.Linear(self.config.d_global, self.config.n_annotations)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new weights from the distributions that the original starts from (Keras's defaults)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" in name:
+                nn.init.ones_(parameter)
+            elif name == "token_embedding.weight":
+                nn.init.uniform_(parameter, -0.05, 0.05)
+            elif name.rpartition(".")[0].endswith(("query", "key", "value")):
+                # Keras takes the heads of the original's (head, in, out) arrays for a receptive field.
+                fan_in, fan_out = parameter.shape[1] * self.config.n_heads, parameter.shape[0]
+                bound = math.sqrt(6 / (fan_in + fan_out))
+                nn.init.uniform_(parameter, -bound, bound)
+            else:
+                nn.init.xavier_uniform_(parameter)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | PathLike[str],
+        *,
+        backend: backends.Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        offline: bool | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+    ) -> "ProteinBert":
+        """A model with trained weights, in evaluation mode.
+
+        Args:
+            name_or_path: a directory, a .safetensors or official .pkl file, a hub repository ("owner/name"), or
+                "proteinbert" for the official weights, which are fetched once.
+            backend: as for the constructor.
+            device: where to put the model.
+            dtype: floating-point dtype of the weights.
+            offline: never use the network.
+            cache_dir: where fetched weights are kept.
+
+        Raises:
+            CheckpointError: the weights cannot be had or are not sound; says why.
+        """
+        from proteinbert_fast.checkpoints import load_pretrained
+
+        checkpoint = load_pretrained(name_or_path, offline=offline, cache_dir=cache_dir)
+        model = cls(checkpoint.config, backend=backend)
+        model.load_state_dict(checkpoint.state_dict)
+        model.checkpoint_source = checkpoint.source
+        model.checkpoint_sha256 = checkpoint.sha256
+        model.is_pretrained = True
+        return model.to(device=device, dtype=dtype).eval()
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Writes config.json and model.safetensors, which ``from_pretrained`` and the hub read.
+
+        Args:
+            directory: made if it is not there.
+        """
+        from proteinbert_fast.checkpoints import save_pretrained
+
+        save_pretrained(self, directory)
+
+    def backend_report(self) -> str:
+        """Which back end would run now, on the model's device and in its dtype, and why."""
+        choice = self._choose()
+        return f"{choice.operations.name} ({choice.reason})"
+
+    def _choose(self) -> Choice:
+        weight = self.token_embedding.weight
+        return backends.choose(self.backend, weight.device, self.config, self._compute_dtype())
+
+    def _compute_dtype(self) -> torch.dtype:
+        weight = self.token_embedding.weight
+        if torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64:
+            return torch.get_autocast_dtype(weight.device.type)
+        return weight.dtype
+
+    def forward(
+        self,
+        batch: PackedBatch | Tensor,
+        annotations: Annotations | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        mask: Tensor | None = None,
+        hidden_states: bool = False,
+        attentions: bool = False,
+    ) -> ProteinBertOutput | PaddedOutput:
+        """Runs the model.
+
+        Args:
+            batch: a PackedBatch, or a padded integer tensor (B, L). A padded tensor without lengths or mask is taken
+                literally: PAD tokens are ordinary tokens, as in the original. With lengths or a mask each row is
+                computed at its natural length.
+            annotations: GO terms known of each protein: dense (B, N) or sparse (indices (k,), offsets (B,)).
+            lengths: tokens of each row of a padded tensor.
+            mask: true at the tokens of each row of a padded tensor.
+            hidden_states: keep the states after every norm of every block.
+            attentions: keep the attention weights.
+
+        Returns:
+            ProteinBertOutput for a PackedBatch, PaddedOutput for a padded tensor.
+
+        Raises:
+            InputError: shapes do not fit, or a token is out of range; names the record.
+        """
+        if isinstance(batch, Tensor):
+            length = batch.shape[-1]
+            packed = PackedBatch.from_padded(batch, lengths, mask, gap=self.config.reach)
+            return PaddedOutput(self._forward(packed, annotations, hidden_states, attentions), length)
+        if lengths is not None or mask is not None:
+            raise InputError("a PackedBatch knows its lengths: give no lengths and no mask with it")
+        return self._forward(batch, annotations, hidden_states, attentions)
+
+    def _forward(
+        self, batch: PackedBatch, annotations: Annotations | None, hidden_states: bool, attentions: bool
+    ) -> ProteinBertOutput:
+        if batch.gap < self.config.reach:
+            raise InputError(
+                f"the batch has gaps of {batch.gap} rows, the model needs {self.config.reach}: "
+                f"make it with Tokenizer(gap={self.config.reach})"
+            )
+        weight = self.token_embedding.weight
+        if batch.device != weight.device:
+            raise InputError(f"the batch is on {batch.device}, the model on {weight.device}: use batch.to(device)")
+        _check_annotations(annotations, len(batch), self.config.n_annotations)
+        operations = self._choose().operations
+
+        local = reference.embed_tokens(batch.tokens, weight).to(self._compute_dtype())
+        global_state = self.annotation_input(annotations, len(batch), operations)
+        local_layers, global_layers, attention_layers = [], [global_state], []
+        for block in self.blocks:
+            hidden_local, local, hidden_global, global_state, attention = block(
+                local, global_state, batch, operations, hidden_states, attentions
+            )
+            if hidden_states:
+                local_layers += [hidden_local, local]
+                global_layers += [hidden_global, global_state]
+            if attentions:
+                attention_layers.append(attention)
+        return ProteinBertOutput(
+            batch=batch,
+            local_rows=local,
+            global_state=global_state,
+            hidden_local=tuple(local_layers) if hidden_states else None,
+            hidden_global=tuple(global_layers) if hidden_states else None,
+            attentions=tuple(attention_layers) if attentions else None,
+            token_head=self._later(operations.by_row, self.token_head),
+            annotation_head=self._later(operations.by_protein, self.annotation_head),
+            sigmoid=operations.sigmoid,
+        )
+
+    def _later(self, apply: Callable[..., Tensor], head: nn.Linear) -> Callable[[Tensor], Tensor]:
+        """A head to be run when its result is first read, with gradients and autocast as they are now."""
+        gradients, device = torch.is_grad_enabled(), head.weight.device.type
+        autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+        def run(states: Tensor) -> Tensor:
+            with torch.set_grad_enabled(gradients), torch.autocast(device, dtype, enabled=autocast):
+                return apply(head, states)
+
+        return run
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"{self.config}, backend={self.backend!r}"
+
+
+def _weight_and_bias(layer: nn.Linear | nn.Conv1d | nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    assert layer.bias is not None
+    return layer.weight, layer.bias
+
+
+def _check_annotations(annotations: Any, n_proteins: int, n_annotations: int) -> None:
+    if annotations is None:
+        return
+    if isinstance(annotations, Tensor):
+        if annotations.shape != (n_proteins, n_annotations):
+            raise InputError(
+                f"annotations: {tuple(annotations.shape)} where {n_proteins} proteins of "
+                f"{n_annotations} terms are ({n_proteins}, {n_annotations})"
+            )
+        return
+    if not isinstance(annotations, tuple) or len(annotations) != 2:
+        raise InputError("annotations: give a (batch, terms) tensor or a pair (indices, offsets) of integer tensors")
+    indices, offsets = annotations
+    if indices.dim() != 1 or offsets.shape != (n_proteins,):
+        raise InputError(
+            f"annotations: indices {tuple(indices.shape)} and offsets {tuple(offsets.shape)} "
+            f"where (k,) and ({n_proteins},) are wanted"
+        )
+    if (
+        indices.device.type == "cpu"
+        and len(indices)
+        and not 0 <= int(indices.min()) <= int(indices.max()) < n_annotations
+    ):
+        raise InputError(f"annotations: term indices must lie in 0..{n_annotations - 1}")

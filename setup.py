@@ -1,0 +1,45 @@
+"""Builds the extensions; everything else about the package is in pyproject.toml."""
+
+import os
+import shutil
+from glob import glob
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+from setuptools import setup
+from setuptools.errors import CompileError
+
+NEEDED = (
+    "proteinbert_fast needs a C++17 compiler and the headers of Python to build its extensions; "
+    "on Debian or Ubuntu: apt-get install g++ python3-dev"
+)
+
+
+class BuildExtensions(build_ext):
+    """Says in one line what is needed when the compiler is missing or fails."""
+
+    def build_extensions(self) -> None:
+        compiler = getattr(self.compiler, "compiler_cxx", None)  # MSVC finds its own
+        if compiler and shutil.which(compiler[0]) is None:
+            raise SystemExit(f"error: {NEEDED} (looked for {compiler[0]!r}; CXX chooses another)")
+        try:
+            super().build_extensions()
+        except CompileError as error:
+            raise SystemExit(f"error: {NEEDED} (the compiler's own message is above)") from error
+
+
+def extension(name: str) -> Pybind11Extension:
+    # No -march: the build must run on any processor of its family, so kernels are chosen at run time.
+    return Pybind11Extension(
+        f"proteinbert_fast._{name}",
+        [f"csrc/{name}.cpp"],
+        depends=sorted(glob("csrc/*.h")),
+        cxx_std=17,
+        extra_compile_args=["-O3"],
+    )
+
+
+ParallelCompile(default=os.cpu_count() or 1).install()
+setup(
+    ext_modules=[extension(name) for name in ("tokenizer", "cpu_kernels") if os.path.exists(f"csrc/{name}.cpp")],
+    cmdclass={"build_ext": BuildExtensions},
+)

@@ -1,0 +1,75 @@
+"""Fixtures that several folders of tests share."""
+
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from proteinbert_fast import ProteinBert, ProteinBertConfig, Tokenizer
+
+DATA = Path(__file__).parent / "data"
+GOLDEN = DATA / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, np.ndarray]:
+    """Numbers made by running the original; tests/data/golden/README.md explains every key."""
+    with np.load(GOLDEN / "tiny_io.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="session")
+def golden_meta() -> dict[str, Any]:
+    return json.loads((GOLDEN / "tiny_meta.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def tiny_pickle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original's pickle of the two-block model behind the golden numbers."""
+    path = tmp_path_factory.mktemp("golden") / "tiny_model.pkl"
+    path.write_bytes(lzma.decompress((GOLDEN / "tiny_model.pkl.xz").read_bytes()))
+    return path
+
+
+@pytest.fixture
+def tiny_model(tiny_pickle: Path) -> ProteinBert:
+    """The two-block model behind the golden numbers, float32, in evaluation mode."""
+    return ProteinBert.from_pretrained(tiny_pickle)
+
+
+@pytest.fixture(scope="session")
+def real_sequences() -> list[str]:
+    """200 real Swiss-Prot proteins."""
+    lines = (DATA / "swissprot_200.tsv").read_text().splitlines()[1:]
+    return [line.split("\t")[-1] for line in lines]
+
+
+@pytest.fixture
+def small_config() -> ProteinBertConfig:
+    """Sizes that the CPU kernels take and that run in milliseconds."""
+    return ProteinBertConfig(n_annotations=30, d_local=32, d_global=64, n_blocks=2, n_heads=4, d_key=16)
+
+
+@pytest.fixture
+def small_model(small_config: ProteinBertConfig) -> ProteinBert:
+    torch.manual_seed(0)
+    return ProteinBert(small_config).eval()
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return Tokenizer()
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fills uninitialised tensors with NaN, so that a row that nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,258 @@
+"""The CPU back end against the float64 reference: every dtype, odd lengths, poisoned memory, gradients, bits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proteinbert_fast import ProteinBertConfig, Tokenizer, _cpu_kernels
+from proteinbert_fast.model import Block
+from proteinbert_fast.ops import cpu, reference
+from proteinbert_fast.ops.reference import LocalBlockWeights
+
+# float32: rounding in 1,152-term sums of numbers near 1, then a norm. bfloat16: 2^-8 relative for each of the four
+# rounded intermediates that meet in a norm's output of size up to 5.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.06}
+SIZES = {
+    "small": ProteinBertConfig(n_annotations=3, d_local=16, d_global=64, n_blocks=1, n_heads=4, d_key=16),
+    "odd": ProteinBertConfig(n_annotations=3, d_local=48, d_global=96, n_blocks=1, n_heads=2, d_key=32),
+    "published": ProteinBertConfig(n_annotations=3, n_blocks=1),
+}
+LENGTHS = [
+    (0,),
+    (1, 1),
+    (2,),
+    (13, 0, 7),
+    (255, 256, 257),
+    (300, 1, 509),
+    (511,),
+    (2047,),
+    (2600, 3),
+    tuple(range(40)),
+]
+
+
+def make(config: ProteinBertConfig, residues, seed: int = 0):
+    torch.manual_seed(seed)
+    block = Block(config)
+    for name, p in block.named_parameters():
+        torch.nn.init.normal_(p, std=1.0 if "norm" in name else 0.3 if p.dim() == 1 else p[0].numel() ** -0.5)
+    batch = Tokenizer()(["M" * n for n in residues])
+    x = torch.randn(batch.n_rows, config.d_local) * (batch.segments >= 0).unsqueeze(-1)
+    return block, batch, x, torch.randn(len(batch), config.d_local), torch.randn(len(batch), config.d_global)
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(ours.double(), theirs.double(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("residues", LENGTHS, ids=str)
+def test_local_block_equals_the_reference(residues, size, dtype):
+    block, batch, x, broadcast, _ = make(SIZES[size], residues)
+    x, broadcast = x.to(dtype), broadcast.to(dtype)
+    block = block.to(dtype)
+    with torch.no_grad():
+        hidden, local = cpu.local_block(x, broadcast, batch, block.local_weights(), 5, keep_hidden=True)
+        alone = cpu.local_block(x, broadcast, batch, block.local_weights(), 5)
+        exact = reference.local_block(
+            x.double(),
+            broadcast.double(),
+            batch.segments,
+            LocalBlockWeights(*(w.double() for w in block.local_weights())),
+            5,
+        )
+    close(hidden, exact.hidden, TOLERANCE[dtype])
+    close(local, exact.local, TOLERANCE[dtype])
+    assert alone[0] is None
+    assert torch.equal(alone[1], local)
+    gaps = batch.segments < 0
+    assert not hidden[gaps].any()
+    assert not local[gaps].any()
+    assert hidden.dtype == local.dtype == dtype
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("residues", LENGTHS, ids=str)
+def test_global_attention_equals_the_reference(residues, size, dtype):
+    config = SIZES[size]
+    block, batch, local, _, global_state = make(config, residues)
+    weights = [w.to(dtype) for w in (block.query.weight, block.key.weight, block.value.weight)]
+    local, global_state = local.to(dtype), global_state.to(dtype)
+    with torch.no_grad():
+        ours = cpu.global_attention(local, global_state, batch, *weights, config.n_heads, True)
+        exact = reference.global_attention(
+            local.double(),
+            global_state.double(),
+            batch.segments,
+            *(w.double() for w in weights),
+            config.n_heads,
+            True,
+        )
+        unweighted = cpu.global_attention(local, global_state, batch, *weights, config.n_heads)
+    close(ours.pooled, exact.pooled, TOLERANCE[dtype])
+    close(ours.weights, exact.weights, TOLERANCE[dtype])
+    assert unweighted.weights is None
+    assert torch.equal(unweighted.pooled, ours.pooled)
+
+
+def test_lengths_1_to_300_tokens_densely():
+    """Every length in one batch and each protein's place in a tile and a piece a different one."""
+    block, batch, x, broadcast, global_state = make(SIZES["small"], range(298))
+    with torch.no_grad():
+        _, local = cpu.local_block(x, broadcast, batch, block.local_weights(), 5)
+        exact = reference.local_block(
+            x.double(),
+            broadcast.double(),
+            batch.segments,
+            LocalBlockWeights(*(w.double() for w in block.local_weights())),
+            5,
+        )
+        weights = (block.query.weight, block.key.weight, block.value.weight)
+        pooled = cpu.global_attention(x, global_state, batch, *weights, 4).pooled
+        exact_pooled = reference.global_attention(
+            x.double(), global_state.double(), batch.segments, *(w.double() for w in weights), 4
+        ).pooled
+    close(local, exact.local, TOLERANCE[torch.float32])
+    close(pooled, exact_pooled, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_are_those_of_the_reference(size):
+    config = SIZES[size]
+    block, batch, x, broadcast, global_state = make(config, (0, 5, 300))
+    inside = (batch.segments >= 0).unsqueeze(-1)
+
+    def gradients(operations, dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, broadcast, global_state)]
+        b = Block(config).to(dtype)
+        b.load_state_dict(block.state_dict())
+        rows, word, g = leaves
+        if operations is cpu:
+            hidden, local = cpu.local_block(rows * inside, word, batch, b.local_weights(), 5, keep_hidden=True)
+            where = batch
+        else:
+            hidden, local = reference.local_block(rows * inside, word, batch.segments, b.local_weights(), 5)
+            where = batch.segments
+        attended = operations.global_attention(
+            local, g, where, b.query.weight, b.key.weight, b.value.weight, config.n_heads, True
+        )
+        torch.manual_seed(1)
+        parts = (hidden, local, attended.pooled, attended.weights)
+        sum((part * torch.randn(part.shape, dtype=torch.float64)).sum() for part in parts).backward()
+        named = {name: p.grad for name, p in b.named_parameters() if p.grad is not None}
+        return named | {f"input {i}": leaf.grad for i, leaf in enumerate(leaves)}
+
+    ours, exact = gradients(cpu, torch.float32), gradients(reference, torch.float64)
+    assert ours.keys() == exact.keys()
+    assert len(ours) == 16
+    for name, gradient in exact.items():
+        close(ours[name] / gradient.abs().max(), gradient / gradient.abs().max(), 2e-5)
+
+
+def test_no_gradient_flows_where_none_is_asked_for():
+    block, batch, x, broadcast, _ = make(SIZES["small"], (5,))
+    block.requires_grad_(False)
+    word = broadcast.requires_grad_()
+    _, local = cpu.local_block(x, word, batch, block.local_weights(), 5)
+    local.sum().backward()
+    assert word.grad is not None
+    assert all(p.grad is None for p in block.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_numbers_that_are_none_stay_in_their_protein(value, dtype):
+    block, batch, x, broadcast, global_state = make(SIZES["small"], (50, 50))
+    x[int(batch.starts[1]) + 7, 3] = value
+    with torch.no_grad():
+        _, local = cpu.local_block(x.to(dtype), broadcast.to(dtype), batch, block.to(dtype).local_weights(), 5)
+        weights = (block.query.weight, block.key.weight, block.value.weight)
+        pooled = cpu.global_attention(local, global_state.to(dtype), batch, *weights, 4).pooled
+    assert local[int(batch.starts[1]) + 7].isnan().all()
+    assert batch.unpack(local)[0].isfinite().all()
+    assert pooled[1].isnan().all()
+    assert pooled[0].isfinite().all()
+
+
+def test_activations_to_float32_precision():
+    """GELU and tanh of the kernels, seen through a norm-free path: one channel block, unit weights."""
+    batch = Tokenizer()(["M" * 3998])
+    steps = torch.linspace(-12, 12, 4000 * 16).view(4000, 16)
+    local = torch.zeros(batch.n_rows, 16)
+    local[batch.segments >= 0] = steps
+    # Zero queries weigh all rows alike: the pooled values are the mean of gelu.
+    zero, eye = torch.zeros(16, 64), torch.eye(16)
+    pooled = cpu.global_attention(local, torch.zeros(1, 64), batch, zero, zero[:, :16], eye, 1).pooled[0]
+    expected = torch.nn.functional.gelu(steps.double()).mean(0)
+    torch.testing.assert_close(pooled.double(), expected, atol=5e-7, rtol=1e-6)
+    query = torch.zeros(16, 64)
+    query[:, 0] = 1
+    attended = cpu.global_attention(local, torch.ones(1, 64), batch, query, eye, eye, 1, True)
+    logits = (torch.tanh(steps.double()) * torch.tanh(torch.ones(1, dtype=torch.float64))).sum(1) / 4
+    torch.testing.assert_close(
+        attended.weights[batch.segments >= 0][:, 0].double(), logits.softmax(0), atol=0, rtol=3e-6
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 100), st.integers(1, 7))
+def test_in_groups_is_the_function_row_by_row(n, size):
+    rows = torch.arange(2 * n, dtype=torch.float32).view(n, 2)
+    assert torch.equal(cpu.in_groups(lambda a, b: a * 2 + b, rows, rows, size=size), rows * 3)
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_number_of_threads_leaves_no_trace(dtype):
+    block, batch, x, broadcast, global_state = make(SIZES["odd"], (700, 3, 1200))
+    block = block.to(dtype)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                _, local = cpu.local_block(x.to(dtype), broadcast.to(dtype), batch, block.local_weights(), 5)
+                weights = (block.query.weight, block.key.weight, block.value.weight)
+                results.append((local, cpu.global_attention(local, global_state.to(dtype), batch, *weights, 2).pooled))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instruction_set(request):
+    best = _cpu_kernels.instruction_set()
+    try:
+        _cpu_kernels.use_instruction_set(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    _cpu_kernels.use_instruction_set(best)
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_every_instruction_set_equals_the_reference(instruction_set, dtype):
+    assert _cpu_kernels.instruction_set() == instruction_set
+    test_local_block_equals_the_reference((300, 1, 509), "odd", dtype)
+    test_global_attention_equals_the_reference((300, 1, 509), "odd", dtype)
+    test_numbers_that_are_none_stay_in_their_protein(float("nan"), dtype)
+
+
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match="instruction set 'mmx' is not to be had here; the best is"):
+        _cpu_kernels.use_instruction_set("mmx")
+
+
+def test_kernels_run_on_the_threads_of_torch():
+    assert _cpu_kernels.shares_threads()
+
+
+def test_sizes_that_do_not_fit_are_refused_by_the_kernels_too():
+    with pytest.raises(ValueError, match="channels must be a multiple of 16 up to 4096, got 12"):
+        _cpu_kernels.merge_dense(0, 0, 0, 0, 0, 0, 0, 12, False, 1)
