@@ -4,7 +4,7 @@
 #   make test         run the test suite                (PYTEST_ARGS="-k golden" for a part)
 #   make lint types   ruff; mypy
 #   make wheel-test   build sdist and wheel, run the suite against the installed wheel
-#   make bench        the benchmarks
+#   make bench        speed and memory, beside others   (BENCH_ARGS="--quick" for a first look)
 #   make dev          the environment with every development tool
 #   make clean        remove the environment and whatever was built
 #
@@ -17,6 +17,7 @@ OUT ?= embeddings.h5
 # A folder with a model, an official .pkl, a hub name, or "proteinbert"; empty: an untrained model.
 MODEL ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
@@ -92,7 +93,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+	$(BIN)/proteinbert-fast bench $(BENCH_ARGS)
 
 dev: $(VENV)/.dev
 

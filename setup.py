@@ -40,6 +40,6 @@ def extension(name: str) -> Pybind11Extension:
 
 ParallelCompile(default=os.cpu_count() or 1).install()
 setup(
-    ext_modules=[extension(name) for name in ("tokenizer", "cpu_kernels") if os.path.exists(f"csrc/{name}.cpp")],
+    ext_modules=[extension("tokenizer"), extension("cpu_kernels")],
     cmdclass={"build_ext": BuildExtensions},
 )

@@ -1,8 +1,8 @@
 // Residues to packed token rows: text in Python objects becomes one gap-padded uint8 array in one pass over the input.
 //
-// A call has two halves. With the GIL held, every record is pinned (a reference, a buffer export) and described by a
-// View: pointer, length, width of a code unit. Then the GIL is released and threads write the rows; each takes an
-// equal share of rows, so one titin or a million peptides are split alike. No Python object is made per residue.
+// A call has two halves. With the GIL held, every record is pinned (a reference, or a memoryview for a buffer) and its
+// length is read, which settles the layout. Then the GIL is released and threads write the rows; each takes an equal
+// share of rows, so one titin or a million peptides are split alike. No Python object is made per residue.
 //
 // UTF-8 bytes are taken for ASCII, where bytes are code points, and their high bits are collected while they are
 // translated. A record that has one is decoded by Python itself and the batch is written again: rare, and the tokens
@@ -35,11 +35,13 @@ namespace {
 constexpr char kVocabulary[] = "ACDEFGHIKLMNPQRSTUVWXY";
 constexpr uint8_t kOther = 22, kStart = 23, kEnd = 24, kPad = 25, kGap = 26;
 
-// The vocabulary is A..Y without B, J and O: one subtraction for each hole that the letter lies behind.
+// The vocabulary is A..Y without B, J and O: one subtraction for each hole that the letter lies behind. Without
+// branches, so that compilers make vector code of loops over it.
 template <typename CodePoint>
 constexpr uint8_t token_of(CodePoint c) {
-  const bool known = c >= 'A' && c <= 'Y' && c != 'B' && c != 'J' && c != 'O';
-  return known ? static_cast<uint8_t>(c - 'A' - (c > 'B') - (c > 'J') - (c > 'O')) : kOther;
+  const bool known = (c >= 'A') & (c <= 'Y') & (c != 'B') & (c != 'J') & (c != 'O');
+  const auto token = static_cast<uint8_t>(c - 'A' - (c > 'B') - (c > 'J') - (c > 'O'));
+  return static_cast<uint8_t>(kOther ^ ((token ^ kOther) & -static_cast<int>(known)));
 }
 
 template <size_t N>
@@ -435,7 +437,7 @@ struct Layout {
 void fill(const Records& records, const Layout& layout, int64_t begin, int64_t end, uint8_t* rows,
           Translate translate, std::vector<size_t>& not_ascii) {
   const auto& [gap, window, lengths, starts] = layout;
-  const auto write_gap = [&, gap = gap](int64_t from, int64_t to) {
+  const auto write_gap = [&](int64_t from, int64_t to) {
     from = std::max(from, begin);
     to = std::min(to, end);
     if (from < to) std::memset(rows + from, kGap, to - from);

@@ -8,7 +8,7 @@ and tells the local track of the next block what the global track has become.
 import math
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from proteinbert_fast.ops.backends import Choice, Operations
 from proteinbert_fast.ops.reference import GlobalBlockWeights, LocalBlockWeights
 from proteinbert_fast.outputs import PaddedOutput, ProteinBertOutput
 from proteinbert_fast.packing import PackedBatch
+
+if TYPE_CHECKING:
+    from proteinbert_fast.checkpoints import GoTerm
 
 Annotations = Tensor | tuple[Tensor, Tensor]
 
@@ -136,6 +139,7 @@ class ProteinBert(nn.Module):
         backend: the back end asked for; see ``backend_report``.
         checkpoint_source: where the weights came from, or None.
         checkpoint_sha256: SHA-256 of the weights file, or None.
+        go_terms: id and name of the GO term behind each annotation, or None where they are unknown.
         is_pretrained: whether the weights came from a checkpoint.
 
     Raises:
@@ -150,6 +154,7 @@ class ProteinBert(nn.Module):
         self.backend: backends.Backend = backend
         self.checkpoint_source: str | None = None
         self.checkpoint_sha256: str | None = None
+        self.go_terms: tuple[GoTerm, ...] | None = None
         self.is_pretrained = False
         self.annotation_input = AnnotationInput(self.config)
         self.token_embedding = nn.Embedding(VOCABULARY_SIZE, self.config.d_local)
@@ -202,11 +207,12 @@ class ProteinBert(nn.Module):
         """
         from proteinbert_fast.checkpoints import load_pretrained
 
-        checkpoint = load_pretrained(name_or_path, offline=offline, cache_dir=cache_dir)
+        checkpoint = load_pretrained(name_or_path, offline=offline, cache_dir=cache_dir, optimizer=False)
         model = cls(checkpoint.config, backend=backend)
         model.load_state_dict(checkpoint.state_dict)
         model.checkpoint_source = checkpoint.source
         model.checkpoint_sha256 = checkpoint.sha256
+        model.go_terms = checkpoint.go_terms
         model.is_pretrained = True
         return model.to(device=device, dtype=dtype).eval()
 

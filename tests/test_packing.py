@@ -458,3 +458,10 @@ def test_batches_of_nothing_and_of_a_million() -> None:
 def test_wrong_budgets(lengths: Any, options: dict[str, int]) -> None:
     with pytest.raises(InputError):
         batches_by_tokens(lengths, **({"tokens_per_batch": 100} | options))
+
+
+def test_waste_of_a_batch_of_one_giant_and_a_thousand_short_proteins():
+    """No padding: gaps are all that is computed in vain."""
+    lengths = [34_350, *(300 + i % 100 for i in range(1000))]
+    batch = Tokenizer()(["M" * n for n in lengths])
+    assert batch.n_tokens > 0.9 * batch.n_rows

@@ -56,9 +56,7 @@ def read_directory(directory: Path, *, optimizer: bool = True) -> LoadedCheckpoi
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).exists():
             pickles = sorted(path.name for path in directory.glob("*.pkl"))
-            hint = (
-                f"; to read the pickle in it, give its own path: {directory / pickles[0]}" if pickles else ""
-            )
+            hint = f"; to read the pickle in it, give its own path: {directory / pickles[0]}" if pickles else ""
             raise CheckpointError(f"{directory}: no {name} in this directory{hint}")
     config = read_config(directory / CONFIG_FILE)
     weights = directory / WEIGHTS_FILE
@@ -150,14 +148,10 @@ def read_go_terms(path: Path, config: ProteinBertConfig) -> tuple[GoTerm, ...]:
     terms: list[GoTerm] = []
     try:
         if next(rows, None) != _GO_TERMS_HEADER:
-            raise CheckpointError(
-                f"{path}: the first line is not {' '.join(_GO_TERMS_HEADER)}, separated by tabs"
-            )
+            raise CheckpointError(f"{path}: the first line is not {' '.join(_GO_TERMS_HEADER)}, separated by tabs")
         for row in rows:
             if len(row) != 3 or row[0] != str(len(terms)):
-                raise CheckpointError(
-                    f"{path}: line {rows.line_num}: expected index {len(terms)}, GO id and name"
-                )
+                raise CheckpointError(f"{path}: line {rows.line_num}: expected index {len(terms)}, GO id and name")
             terms.append(GoTerm(row[1], row[2]))
     except csv.Error as error:
         raise CheckpointError(f"{path}: line {rows.line_num}: {error}") from error

@@ -48,9 +48,7 @@ def refuse_foreign_file(path: Path, beginning: bytes) -> None:
     if beginning.lstrip()[:5].lower() in (b"<!doc", b"<html"):
         raise CheckpointError(f"{path}: this is a web page, not the weights; the download went wrong")
     if beginning[:1] == b"\x80" and _OLD_TORCH_MAGIC in beginning[:64]:
-        raise CheckpointError(
-            f"{path}: this is an old torch.save file, a pickle that could run code; {HOW_TO_SAVE}"
-        )
+        raise CheckpointError(f"{path}: this is an old torch.save file, a pickle that could run code; {HOW_TO_SAVE}")
 
 
 def foreign_model(tensor_names: Iterable[str]) -> str | None:

@@ -92,14 +92,10 @@ def weight_layouts(config: ProteinBertConfig) -> list[WeightLayout]:
         layouts.append(WeightLayout(f"{official}/beta", f"{key}.bias", (width,), "same"))
 
     # The annotation input is a sum of rows chosen by GO term, so it keeps the original's (term, channel).
-    layouts.append(
-        WeightLayout("dense-global-input/kernel", "annotation_input.weight", (annotations, wide), "same")
-    )
+    layouts.append(WeightLayout("dense-global-input/kernel", "annotation_input.weight", (annotations, wide), "same"))
     layouts.append(WeightLayout("dense-global-input/bias", "annotation_input.bias", (wide,), "same"))
     layouts.append(
-        WeightLayout(
-            "embedding-seq-input/embeddings", "token_embedding.weight", (VOCABULARY_SIZE, local), "same"
-        )
+        WeightLayout("embedding-seq-input/embeddings", "token_embedding.weight", (VOCABULARY_SIZE, local), "same")
     )
     for i in range(config.n_blocks):
         suffix, block = f"block{i + 1}", f"blocks.{i}"
@@ -113,9 +109,7 @@ def weight_layouts(config: ProteinBertConfig) -> list[WeightLayout]:
         projections = (("Wq", "query", wide, config.d_key), ("Wk", "key", local, config.d_key))
         for name, part, width, head_width in (*projections, ("Wv", "value", local, config.d_value)):
             shape = (config.n_heads, width, head_width)
-            layouts.append(
-                WeightLayout(f"global-attention-{suffix}/{name}", f"{block}.{part}.weight", shape, "heads")
-            )
+            layouts.append(WeightLayout(f"global-attention-{suffix}/{name}", f"{block}.{part}.weight", shape, "heads"))
         norm(f"global-merge1-norm-{suffix}", f"{block}.global_norm1", wide)
         dense(f"global-dense2-{suffix}", f"{block}.global_dense2", wide, wide)
         norm(f"global-merge2-norm-{suffix}", f"{block}.global_norm2", wide)
@@ -152,14 +146,10 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: ProteinBertConfi
     # Counted before the names are listed: a config from a stranger may ask for any number of blocks.
     n_expected = ARRAYS_BEFORE_BLOCKS + ARRAYS_PER_BLOCK * config.n_blocks + ARRAYS_AFTER_BLOCKS
     if len(shapes) > n_expected or n_expected > MAX_ARRAYS:
-        raise CheckpointError(
-            f"{where}: {len(shapes)} tensors, expected {n_expected:,} for {config.n_blocks:,} blocks"
-        )
+        raise CheckpointError(f"{where}: {len(shapes)} tensors, expected {n_expected:,} for {config.n_blocks:,} blocks")
     expected = state_dict_shapes(config)
     if missing := [key for key in expected if key not in shapes]:
-        raise CheckpointError(
-            f"{where}: {len(missing)} of {n_expected} tensors are missing, the first is {missing[0]}"
-        )
+        raise CheckpointError(f"{where}: {len(missing)} of {n_expected} tensors are missing, the first is {missing[0]}")
     for key, shape in expected.items():
         if tuple(shapes[key]) != shape:
             raise CheckpointError(f"{where}: {key} has shape {tuple(shapes[key])}, expected {shape}")
@@ -175,9 +165,7 @@ def check_finite(tensor: torch.Tensor, key: str, where: str) -> None:
         raise CheckpointError(f"{where}: {key} holds {bad:,} NaN or infinite values, expected numbers")
 
 
-def state_dict_from_official(
-    arrays: Sequence[FloatArray], config: ProteinBertConfig
-) -> dict[str, torch.Tensor]:
+def state_dict_from_official(arrays: Sequence[FloatArray], config: ProteinBertConfig) -> dict[str, torch.Tensor]:
     """The original's arrays, in its order, as this package's ``state_dict``.
 
     Raises:

@@ -118,9 +118,7 @@ class _Checked:
 
         rows, d_global = shape("dense-global-input/kernel", "GO terms, global")
         if rows != n_annotations:
-            self.fail(
-                f"dense-global-input/kernel has {rows:,} rows, but there are {n_annotations:,} GO terms"
-            )
+            self.fail(f"dense-global-input/kernel has {rows:,} rows, but there are {n_annotations:,} GO terms")
         tokens, d_local = shape("embedding-seq-input/embeddings", "tokens, local")
         if tokens != VOCABULARY_SIZE:
             self.fail(f"embedding-seq-input/embeddings has {tokens:,} rows, expected {VOCABULARY_SIZE}")
@@ -166,9 +164,7 @@ class _Checked:
             self.fail(f"optimiser weights are {describe(optimizer)}, expected a list or None")
         n = len(names)
         if len(optimizer) != 1 + 2 * n:
-            self.fail(
-                f"{len(optimizer)} optimiser weights, expected {1 + 2 * n}: iteration and 2 for each weight"
-            )
+            self.fail(f"{len(optimizer)} optimiser weights, expected {1 + 2 * n}: iteration and 2 for each weight")
         iteration = optimizer[0]
         if not isinstance(iteration, ScalarContent) or iteration.code != "i8":
             number = iteration.code if isinstance(iteration, ScalarContent) else None
@@ -267,21 +263,12 @@ class _OfficialPickle:
             return self.once(f"type {code}", b"")
         made = self.name("numpy", "dtype") + self.text(code) + b"\x89\x88\x87" + self.put() + b"R"
         made += self.put(f"type {code}")
-        state = (
-            b"(" + self.integer(3) + self.text("<") + b"NNN" + self.integer(-1) * 2 + self.integer(0) + b"t"
-        )
+        state = b"(" + self.integer(3) + self.text("<") + b"NNN" + self.integer(-1) * 2 + self.integer(0) + b"t"
         return made + state + self.put() + b"b"
 
     def array(self, array: FloatArray) -> bytes:
         made = self.name("numpy.core.multiarray", "_reconstruct") + self.name("numpy", "ndarray")
-        made += (
-            self.integer(0)
-            + b"\x85"
-            + self.put()
-            + self.once("array letter", b"C\x01b")
-            + b"\x87"
-            + self.put()
-        )
+        made += self.integer(0) + b"\x85" + self.put() + self.once("array letter", b"C\x01b") + b"\x87" + self.put()
         made += b"R" + self.put()
         made += b"(" + self.integer(1) + b"".join(map(self.integer, array.shape))
         made += bytes([0x84 + array.ndim]) + self.put()

@@ -1,6 +1,7 @@
 """Published weights by name: where they lie, how they are recognised, and fetching them once into a cache."""
 
 import http.client
+import logging
 import os
 import re
 import urllib.error
@@ -16,6 +17,8 @@ from proteinbert_fast._version import __version__
 from proteinbert_fast.checkpoints.files import flush_directory, one_line, sha256_of
 from proteinbert_fast.checkpoints.foreign import refuse_foreign_file
 from proteinbert_fast.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 30.0
 # A connection may break this often without a byte gained before the next place is tried.
@@ -64,9 +67,7 @@ def is_offline(offline: bool | None = None) -> bool:
     if offline is not None:
         return offline
     yes = {"1", "true", "yes", "on"}
-    return any(
-        os.environ.get(name, "").lower() in yes for name in ("PROTEINBERT_FAST_OFFLINE", "HF_HUB_OFFLINE")
-    )
+    return any(os.environ.get(name, "").lower() in yes for name in ("PROTEINBERT_FAST_OFFLINE", "HF_HUB_OFFLINE"))
 
 
 def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -77,15 +78,13 @@ def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 def fetch_published(name: str, *, offline: bool, cache_dir: Path) -> Path:
-    """The file of published weights in the cache, fetched if it is not there yet; size and SHA-256 are those
-    published.
+    """The file of published weights in the cache, fetched if it is not there yet; size and SHA-256 are checked.
 
-    A cut download goes on where it stopped, also in a later call. Several processes may call this at once:
-    one fetches, the others wait.
+    A cut download goes on where it stopped, also in a later call. Several processes may call this at once: one
+    fetches, the others wait.
 
     Raises:
-        CheckpointError: it is not in the cache and cannot be fetched, or the file in the cache is not the
-            published one.
+        CheckpointError: it is not in the cache and cannot be fetched, or the file there is not the published one.
     """
     published = PUBLISHED[name]
     path = cache_dir / published.file_name
@@ -97,9 +96,7 @@ def fetch_published(name: str, *, offline: bool, cache_dir: Path) -> Path:
             if not path.exists():  # another process may have fetched it while this one waited
                 _fetch(name, published, path, by_hand)
     if (found := _wrongness(path, published)) is not None:
-        raise CheckpointError(
-            f"{path}: not the published file: {found}; delete it and try again, or {by_hand}"
-        )
+        raise CheckpointError(f"{path}: not the published file: {found}; delete it and try again, or {by_hand}")
     return path
 
 
@@ -108,6 +105,7 @@ def _fetch(name: str, published: PublishedCheckpoint, path: Path, by_hand: str) 
     failures = []
     for url in published.urls:
         host = urlsplit(url).hostname
+        logger.info("fetching %s (%.1f MB) from %s into %s", name, published.size / 1e6, host, path.parent)
         try:
             _fetch_from(url, part, name, published)
         except _MirrorError as error:
@@ -138,17 +136,16 @@ def _fetch_from(url: str, part: Path, name: str, published: PublishedCheckpoint)
         _MirrorError: the place cannot be reached or has another file.
         OSError: the disk cannot take it.
     """
-    started_with = _size(part)
+    started_with = furthest = _size(part)
     idle_tries = 0
     while _size(part) < published.size:
-        before = _size(part)
         try:
             _fetch_some(url, part, name, published)
             reason = "the connection broke"
         except _BrokenConnectionError as error:
             reason = str(error)
-        if _size(part) > before:
-            idle_tries = 0
+        if _size(part) > furthest:
+            furthest, idle_tries = _size(part), 0
         elif (idle_tries := idle_tries + 1) >= TRIES_WITHOUT_PROGRESS:
             _refuse_other_file(part)
             raise _MirrorError(reason)
@@ -174,12 +171,11 @@ def _fetch_some(url: str, part: Path, name: str, published: PublishedCheckpoint)
     if start:
         headers["Range"] = f"bytes={start}-"
     try:
-        response = urllib.request.urlopen(
-            urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS
-        )
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:  # the part is longer than the server's file
+            _refuse_other_file(part)
             part.unlink()
             raise _BrokenConnectionError("it refused to go on at the place reached") from error
         if error.code in (408, 429) or error.code >= 500:
@@ -189,9 +185,7 @@ def _fetch_some(url: str, part: Path, name: str, published: PublishedCheckpoint)
         raise _BrokenConnectionError(_network_reason(error)) from error
     with response:
         start = _check_answer(response, start, published)
-        with part.open("r+b" if start else "wb") as file, _progress(name, url, start, published.size) as bar:
-            file.seek(start)
-            file.truncate()
+        with part.open("ab" if start else "wb") as file, _progress(name, url, start, published.size) as bar:
             position = start
             while position <= published.size:
                 try:

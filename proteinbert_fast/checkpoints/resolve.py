@@ -62,11 +62,7 @@ def load_pretrained(
         return read_directory(path, optimizer=optimizer)
     if path.exists():
         return _read_file(path, optimizer)
-    if (
-        isinstance(name_or_path, str)
-        and _HUB_NAME.fullmatch(name)
-        and path.suffix not in (".pkl", ".safetensors")
-    ):
+    if isinstance(name_or_path, str) and _HUB_NAME.fullmatch(name) and path.suffix not in (".pkl", ".safetensors"):
         directory = _fetch_from_hub(name, is_offline(offline), cache_dir, optimizer)
         return replace(read_directory(directory, optimizer=optimizer), source=name)
     raise CheckpointError(
@@ -96,49 +92,31 @@ def save_pretrained(
     """
     while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), torch.nn.Module):
         model = inner
-    config = model.config
+    config = getattr(model, "config", None)
     if not isinstance(config, ProteinBertConfig):
         raise TypeError(f"save_pretrained takes a ProteinBert, not {type(model).__name__}")
     terms = getattr(model, "go_terms", None) if go_terms is None else go_terms
     target = Path(directory).expanduser()
-    write_directory(
-        target, LoadedCheckpoint(config, model.state_dict(), None, str(target), optimizer_state, terms)
-    )
+    write_directory(target, LoadedCheckpoint(config, model.state_dict(), None, str(target), optimizer_state, terms))
 
 
 def _read_file(path: Path, optimizer: bool) -> LoadedCheckpoint:
-    """Read a file by what it is; its suffix decides only where its bytes do not."""
+    """Read a file by what it is: by its first bytes, or a .pkl as a pickle in any case."""
     beginning = read_beginning(path)
     refuse_foreign_file(path, beginning)
-    if beginning[8:9] == b"{" and path.suffix != ".pkl":
-        return read_single_file(path)
-    if beginning[:1] == b"\x80":
-        return read_official(path, optimizer=optimizer)
-    if path.suffix == ".pkl":
-        return read_official(path, optimizer=optimizer)
-    return read_single_file(path)
+    is_pickle = beginning[:1] == b"\x80" and beginning[8:9] != b"{"  # safetensors have JSON from byte 8 on
+    return read_official(path, optimizer=optimizer) if is_pickle or path.suffix == ".pkl" else read_single_file(path)
 
 
-def _fetch_from_hub(
-    name: str, offline: bool, cache_dir: str | os.PathLike[str] | None, optimizer: bool
-) -> Path:
+def _fetch_from_hub(name: str, offline: bool, cache_dir: str | os.PathLike[str] | None, optimizer: bool) -> Path:
     """The directory in the hub's cache that holds the files of a repository that we read."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     files = [CONFIG_FILE, WEIGHTS_FILE, GO_TERMS_FILE, *([OPTIMIZER_FILE] if optimizer else [])]
     hub_cache = None if cache_dir is None else Path(cache_dir).expanduser()
     try:
-        directory = Path(
-            snapshot_download(name, allow_patterns=files, local_files_only=offline, cache_dir=hub_cache)
-        )
+        directory = Path(snapshot_download(name, allow_patterns=files, local_files_only=offline, cache_dir=hub_cache))
     except GatedRepoError as error:
         raise CheckpointError(f"{name}: this hub repository asks for a login: run `hf auth login`") from error
     except RepositoryNotFoundError as error:
@@ -146,7 +124,7 @@ def _fetch_from_hub(
     except LocalEntryNotFoundError as error:
         why = "offline" if offline else "the hub cannot be reached"
         raise CheckpointError(f"{name}: no such path, and not in the hub's cache ({why})") from error
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # network errors are those of requests, httpx or httpx2, by the library's version
         raise CheckpointError(f"{name}: cannot be fetched from the hub: {one_line(error)}") from error
     if not (directory / CONFIG_FILE).exists() or not (directory / WEIGHTS_FILE).exists():
         raise CheckpointError(

@@ -160,9 +160,7 @@ class _Machine:
     def take(self, count: int) -> memoryview:
         end = self.place + count
         if end > len(self.data):
-            self.fail(
-                f"it is cut off: {count:,} bytes are announced, {len(self.data) - self.place:,} are left"
-            )
+            self.fail(f"it is cut off: {count:,} bytes are announced, {len(self.data) - self.place:,} are left")
         if self.frame_end is not None and self.place < self.frame_end < end:
             self.fail("a value reaches over the end of its frame")
         piece = self.data[self.place : end]
@@ -293,9 +291,7 @@ class _Machine:
             made = NumberType(arguments[0])
         elif function is NumpyName.SCALAR:
             if not (
-                len(arguments) == 2
-                and isinstance(arguments[0], NumberType)
-                and isinstance(arguments[1], memoryview)
+                len(arguments) == 2 and isinstance(arguments[0], NumberType) and isinstance(arguments[1], memoryview)
             ):
                 self.fail("a scalar that is not a plain number")
             made = ScalarContent(self.finished(arguments[0]), arguments[1])
@@ -340,9 +336,7 @@ class _Machine:
         _, shape, number_type, fortran_order, data = state
         if not isinstance(shape, tuple) or len(shape) > MAX_DIMENSIONS:
             self.fail(f"an array whose shape is {describe(shape)}, or of over {MAX_DIMENSIONS} dimensions")
-        sizes = tuple(
-            size for size in shape if isinstance(size, int) and not isinstance(size, bool) and size >= 0
-        )
+        sizes = tuple(size for size in shape if isinstance(size, int) and not isinstance(size, bool) and size >= 0)
         if len(sizes) != len(shape):
             self.fail("an array whose shape holds something else than sizes")
         if not isinstance(number_type, NumberType):

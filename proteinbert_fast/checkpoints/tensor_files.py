@@ -85,24 +85,18 @@ def read_optimizer_file(path: Path, config: ProteinBertConfig, weights_sha256: s
     with _opened(path) as file:
         metadata = file.metadata() or {}
         if metadata.get("weights_sha256") != weights_sha256:
-            raise CheckpointError(
-                f"{path}: this optimiser state belongs to other weights than those beside it"
-            )
+            raise CheckpointError(f"{path}: this optimiser state belongs to other weights than those beside it")
         iteration = metadata.get("iteration", "")
         if not (iteration.isascii() and iteration.isdigit() and len(iteration) < 19):
             raise CheckpointError(f"{path}: iteration is {shown(iteration)}, expected a number")
-        moments = [
-            _tensors(file, path, config, which, {"F32": torch.float32}) for which in ("first.", "second.")
-        ]
+        moments = [_tensors(file, path, config, which, {"F32": torch.float32}) for which in ("first.", "second.")]
     for key, moment in moments[1].items():
         if moment.numel() and moment.min() < 0:
             raise CheckpointError(f"{path}: second.{key} holds negative values, expected means of squares")
     return OptimizerState(int(iteration), *moments)
 
 
-def model_file(
-    config: ProteinBertConfig, state_dict: Mapping[str, torch.Tensor], where: str
-) -> Iterator[bytes]:
+def model_file(config: ProteinBertConfig, state_dict: Mapping[str, torch.Tensor], where: str) -> Iterator[bytes]:
     """The bytes of a weights file, in pieces.
 
     Raises:
@@ -162,9 +156,7 @@ def _tensors(
     check_shapes({key: tuple(piece.get_shape()) for key, piece in slices.items()}, config, str(path))
     for key, piece in slices.items():
         if piece.get_dtype() not in types:
-            raise CheckpointError(
-                f"{path}: {prefix}{key} is {piece.get_dtype()}, expected {' or '.join(types)}"
-            )
+            raise CheckpointError(f"{path}: {prefix}{key} is {piece.get_dtype()}, expected {' or '.join(types)}")
     # Copied, so that the tensors outlive the file and do not change with it.
     tensors = {key: file.get_tensor(prefix + key).clone() for key in slices}
     for key, tensor in tensors.items():

@@ -34,9 +34,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "input", metavar="IN", help="official .pkl, directory, .safetensors, hub name, or proteinbert"
-    )
+    parser.add_argument("input", metavar="IN", help="official .pkl, directory, .safetensors, hub name, or proteinbert")
     parser.add_argument("output", metavar="OUT", type=Path, help="NAME.pkl, NAME.safetensors, or a directory")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     parser.add_argument("--no-optimizer", action="store_true", help="leave out the optimiser state")
@@ -165,6 +163,4 @@ def check_same(wanted: "LoadedCheckpoint", written: "LoadedCheckpoint", output: 
 
 def _equal(left: "Mapping[str, torch.Tensor]", right: "Mapping[str, torch.Tensor]") -> bool:
     # Compared as float32, which holds every value of the three types that weights have.
-    return left.keys() == right.keys() and all(
-        bool((left[key].float() == right[key].float()).all()) for key in left
-    )
+    return left.keys() == right.keys() and all(bool((left[key].float() == right[key].float()).all()) for key in left)

@@ -74,9 +74,9 @@ def _versions() -> Iterator[tuple[str, str]]:
 def _machine() -> Iterator[tuple[str, str]]:
     import torch
 
-    from proteinbert_fast.embedding.api import has_fast_bfloat16
+    from proteinbert_fast.embedding.api import cpu_abilities, has_fast_bfloat16
 
-    cpu = torch.cpu.get_capabilities()
+    cpu = cpu_abilities()
     yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
     yield "CPU", f"{cpu.get('cpu_name') or platform.processor() or 'unknown'}, {os.cpu_count()} processors"
     bfloat16 = "in hardware" if has_fast_bfloat16() else "not in hardware"

@@ -1,6 +1,7 @@
 """``proteinbert-fast``: finds the command, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted (Ctrl-C), 143 terminated.
+Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted (Ctrl-C), 141 nobody read the output, 143
+terminated.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Nobody reads on, as in `proteinbert-fast doctor | head -1`. Python flushes stdout once more at its
         # exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 141
     except KeyboardInterrupt as interrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 143 if isinstance(interrupt, _Terminated) else 130

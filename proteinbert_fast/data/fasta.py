@@ -200,6 +200,7 @@ def scan_fasta(
     lowercase: Lowercase = "other",
     duplicates: Duplicates = "refuse",
     name_of: Callable[[FastaRecord], str] = attrgetter("id"),
+    on_bytes: Callable[[int], object] | None = None,
 ) -> FastaScan:
     """Read FASTA files once, to know before any work is done that all of them are good.
 
@@ -210,6 +211,7 @@ def scan_fasta(
         lowercase: as for `read_fasta`.
         duplicates: "refuse" a record whose id an earlier one has, "keep" both, or keep the "first".
         name_of: what must be unique, if it is not the id; may raise InputError.
+        on_bytes: is told how many bytes of text were read, piece by piece.
 
     Raises:
         InputError: a record cannot be used, or its id is not unique.
@@ -221,7 +223,7 @@ def scan_fasta(
     lengths, id_hashes = array("q"), array("q")
     fingerprints: list[Fingerprint] = []
     for file in all_files:
-        text = _Text(file, digest=True)
+        text = _Text(file, digest=True, on_bytes=on_bytes)
         for records in _read_text(text, lowercase, notes):
             lengths.extend([len(record.sequence) for record in records])
             id_hashes.extend([hash(name_of(record)) for record in records])
@@ -327,11 +329,12 @@ class _Damaged(Exception):
 class _Text:
     """The bytes of a file, decompressed, in chunks; counts and digests them on the way."""
 
-    def __init__(self, file: FastaFile, digest: bool = False) -> None:
+    def __init__(self, file: FastaFile, digest: bool = False, on_bytes: Callable[[int], object] | None = None) -> None:
         self.name = file.name
         self.size = 0
         self._path = file.path
         self._digest = hashlib.sha256() if digest else None
+        self._on_bytes = on_bytes
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -367,6 +370,8 @@ class _Text:
             self.size += len(chunk)
             if self._digest is not None:
                 self._digest.update(chunk)
+            if self._on_bytes is not None:
+                self._on_bytes(len(chunk))
             yield chunk
 
 

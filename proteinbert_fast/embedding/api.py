@@ -7,10 +7,10 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, cast, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -473,11 +473,11 @@ def _prepare(source: FastaSource | MemorySource, model: Path | ProteinBert, opti
     default = _TOKENS_PER_BATCH.get(weight.device.type, _TOKENS_PER_BATCH["cpu"])
     storage = torch.float16 if options.storage_dtype == "float16" else torch.float32
     plan = Plan(selection, storage, autocast, options.tokens_per_batch or default, options.max_length)
-    if options.dtype == "auto" and weight.device.type == "cpu" and autocast is None and has_fast_bfloat16():
-        logger.info("this CPU computes faster in bfloat16, if that is exact enough for you: dtype bfloat16")
     scan = source.scan()
     for line in scan.notes:
         logger.warning(line)
+    if options.dtype == "auto" and weight.device.type == "cpu" and autocast is None and has_fast_bfloat16():
+        logger.info("this CPU computes faster in bfloat16, if that is exact enough for you: dtype bfloat16")
     with Embedder(model, plan, int, str).computing():
         backend = model.backend_report()
     is_cuda = weight.device.type == "cuda"
@@ -486,9 +486,15 @@ def _prepare(source: FastaSource | MemorySource, model: Path | ProteinBert, opti
     return _Job(model, plan, scan, options, device_name, dtype_name, backend)
 
 
+def cpu_abilities() -> Mapping[str, Any]:
+    """What torch knows of this CPU; nothing where it is too old to say."""
+    ask = getattr(torch.cpu, "get_capabilities", dict)
+    return cast(Mapping[str, Any], ask())
+
+
 def has_fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware."""
-    abilities = torch.cpu.get_capabilities()
+    abilities = cpu_abilities()
     return any(abilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 

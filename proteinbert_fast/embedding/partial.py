@@ -40,7 +40,7 @@ SHARD_SECONDS = 60.0  # at most this much work is lost when a process is killed
 
 MANIFEST = "manifest.json"
 LOCK = "lock"
-OPEN_SHARD = "shard.tmp"
+OPEN_SHARD = "shard-open.tmp"
 
 # Names of the same weights may differ between two runs: the weights themselves are compared.
 _NOT_COMPARED = {"model", "model_sha256"}
@@ -129,6 +129,7 @@ class PartialRun:
     def __enter__(self) -> Self:
         try:
             self._take_lock()
+            self._remove_leftovers(("input-",))
         except OSError as error:
             raise self.unwritable(error) from error
         return self
@@ -145,7 +146,7 @@ class PartialRun:
             with suppress(OSError):
                 if self._begun and not self.shards:
                     _remove(self.path(MANIFEST))
-                self._remove_leftovers(keep_shards=not self._begun)
+                self._remove_leftovers(("shard-", "merged", "input-") if self._begun else ("input-",))
                 self._release()
 
     def _take_lock(self) -> None:
@@ -204,7 +205,7 @@ class PartialRun:
         try:
             self._begun = True
             self._write_manifest()
-            self._remove_leftovers()
+            self._remove_leftovers(("shard-", "merged"))
         except OSError as error:
             raise self.unwritable(error) from error
         return False
@@ -321,7 +322,7 @@ class PartialRun:
         """Removes the folder, after the output has its name."""
         _remove(self.path(MANIFEST))
         self.shards = []
-        self._remove_leftovers()
+        self._remove_leftovers(("shard-",))
 
     def path(self, name: str) -> str:
         """Where a file of the folder is."""
@@ -335,13 +336,11 @@ class PartialRun:
             safe = f"; {self.records_done:,} records are safe in {self.folder}, go on with --resume"
         return ProteinBertError(f"{self.output}: cannot be written: {why}{safe}")
 
-    def _remove_leftovers(self, keep_shards: bool = False) -> None:
+    def _remove_leftovers(self, prefixes: tuple[str, ...]) -> None:
+        """Removes what begins so and is no complete shard of this run."""
         named = {shard.file for shard in self.shards}
         for name in os.listdir(self.folder):
-            is_leftover = name.endswith(".tmp") or name.startswith("input-")
-            if name.startswith("shard-") and name.endswith(".bin"):
-                is_leftover = not keep_shards and name not in named
-            if is_leftover:
+            if name.startswith(prefixes) and name not in named:
                 _remove(self.path(name))
 
 

@@ -91,18 +91,31 @@ def live_attacks(sentinel: Path) -> dict[str, bytes]:
         "builtins.exec": P3 + call(name("builtins", "exec"), text(code)) + STOP,
         "builtins.eval": P4 + call(stacked("builtins", "eval"), text(code)) + STOP,
         "builtins.getattr": P3
-        + call(call(name("builtins", "getattr"), call(name("builtins", "__import__"), text("os")), text("system")), text(touch))
+        + call(
+            call(name("builtins", "getattr"), call(name("builtins", "__import__"), text("os")), text("system")),
+            text(touch),
+        )
         + STOP,
         "dotted name": P4 + call(stacked("os", "path.os.system"), text(touch)) + STOP,
         "functools.partial": P3 + call(call(name("functools", "partial"), name("os", "system"), text(touch))) + STOP,
         "NEWOBJ": P3 + name("functools", "partial") + name("os", "system") + text(touch) + TUPLE2 + b"\x81)R" + STOP,
-        "NEWOBJ_EX": P4 + name("functools", "partial") + name("os", "system") + text(touch) + TUPLE2 + b"}\x92)R" + STOP,
+        "NEWOBJ_EX": P4
+        + name("functools", "partial")
+        + name("os", "system")
+        + text(touch)
+        + TUPLE2
+        + b"}\x92)R"
+        + STOP,
         "subprocess.Popen": P3 + call(name("subprocess", "Popen"), MARK + text("touch") + text(path) + b"l") + STOP,
-        "pathlib.Path.touch": P4 + call(stacked("pathlib", "Path.touch"), call(name("pathlib", "Path"), text(path))) + STOP,
+        "pathlib.Path.touch": P4
+        + call(stacked("pathlib", "Path.touch"), call(name("pathlib", "Path"), text(path)))
+        + STOP,
         "pickle in a pickle": P3 + call(name("pickle", "loads"), data(nested)) + STOP,
         "numpy.load of a pickle": P3 + call(name("pickle", "load"), call(name("io", "BytesIO"), data(nested))) + STOP,
         "numpy runstring": P3 + call(name("numpy.testing._private.utils", "runstring"), text(code), b"}") + STOP,
-        "numpy.memmap": P3 + call(name("numpy", "memmap"), text(path), text("u1"), text("w+"), b"K\x00", b"K\x01") + STOP,
+        "numpy.memmap": P3
+        + call(name("numpy", "memmap"), text(path), text("u1"), text("w+"), b"K\x00", b"K\x01")
+        + STOP,
         "after real weights": real[:-1] + b"0" + call(name("os", "system"), text(touch)) + STOP,
         "before real weights": P3 + call(name("os", "system"), text(touch)) + b"0" + real[2:],
         "as one weight": checkpoint(call(name("os", "system"), text(touch))),
@@ -115,7 +128,7 @@ def live_attacks(sentinel: Path) -> dict[str, bytes]:
             array(b"K\x01\x85", number_type_of_objects(), MARK + call(name("os", "system"), text(touch)) + b"l")
         ),
         "object array by numpy": np_object_array(_Calls(os.system, touch)),
-    }  # fmt: skip
+    }
 
 
 def number_type_of_objects() -> bytes:
@@ -133,20 +146,25 @@ FORBIDDEN_NAMES = [
     ("os", "system"), ("posix", "system"), ("nt", "system"), ("os", "execv"), ("os", "remove"), ("os", "popen"),
     ("builtins", "eval"), ("builtins", "exec"), ("builtins", "compile"), ("builtins", "open"),
     ("builtins", "getattr"), ("builtins", "__import__"), ("builtins", "print"), ("builtins", "object"),
-    ("__builtin__", "eval"), ("importlib", "import_module"), ("subprocess", "Popen"), ("subprocess", "check_output"),
+    ("__builtin__", "eval"), ("importlib", "import_module"), ("subprocess", "Popen"),
+    ("subprocess", "check_output"),
     ("runpy", "run_path"), ("shutil", "rmtree"), ("pty", "spawn"), ("socket", "create_connection"), ("ctypes", "CDLL"),
     ("webbrowser", "open"), ("timeit", "timeit"), ("code", "interact"), ("pip", "main"), ("cProfile", "run"),
     ("pickle", "loads"), ("_pickle", "loads"), ("marshal", "loads"), ("torch", "load"), ("torch.hub", "load"),
     ("copyreg", "_reconstructor"), ("copyreg", "__newobj__"), ("_codecs", "encode"), ("operator", "attrgetter"),
     ("operator", "methodcaller"), ("functools", "partial"), ("types", "FunctionType"), ("types", "CodeType"),
-    ("collections", "OrderedDict"), ("numpy", "load"), ("numpy", "fromfile"), ("numpy", "memmap"), ("numpy", "matrix"),
+    ("collections", "OrderedDict"), ("numpy", "load"), ("numpy", "fromfile"), ("numpy", "memmap"),
+    ("numpy", "matrix"),
     ("numpy", "float32"), ("numpy", "ndarray.tofile"), ("numpy", "dtype.__class__"), ("numpy", "__dict__"),
     ("numpy", "_reconstruct"), ("numpy.core.multiarray", "fromfile"), ("numpy.core.multiarray", "ndarray"),
     ("numpy.core.multiarray", "scalar.__self__"), ("numpy._core.multiarray", "__builtins__"),
-    ("numpy.core.numeric", "_frombuffer"), ("numpy._core.numeric", "_frombuffer"), ("numpy.core", "multiarray._reconstruct"),
+    ("numpy.core.numeric", "_frombuffer"), ("numpy._core.numeric", "_frombuffer"),
+    ("numpy.core", "multiarray._reconstruct"),
     ("numpy.testing._private.utils", "runstring"), ("numpy.f2py.crackfortran", "getlincoef"),
-    ("numpy.f2py.crackfortran", "param_eval"), ("numpy.f2py.diagnose", "run_command"), ("numpy.distutils.exec_command", "exec_command"),
-    ("numpy.ctypeslib", "load_library"), ("numpy.core.multiarray ", "scalar"), (" numpy", "ndarray"), ("Numpy", "ndarray"),
+    ("numpy.f2py.crackfortran", "param_eval"), ("numpy.f2py.diagnose", "run_command"),
+    ("numpy.distutils.exec_command", "exec_command"),
+    ("numpy.ctypeslib", "load_library"), ("numpy.core.multiarray ", "scalar"), (" numpy", "ndarray"),
+    ("Numpy", "ndarray"),
     ("numpy\x00", "ndarray"), ("", ""), ("numpy", ""), ("nump\u0443", "ndarray"), ("evil\x1b[2Jmodule", "na\rme"),
 ]  # fmt: skip
 
@@ -213,7 +231,10 @@ def malformed() -> dict[str, bytes]:
         "memo number that is not there": P3 + b"h\x07" + STOP,
         "memo of nothing": P3 + b"q\x00" + STOP,
         "memo across a mark": P3 + b"](\x94" + STOP,
-        "memo bomb": P3 + b"]" + b"".join(b"r" + struct.pack("<I", i * 4_000_003 % 2**32) for i in range(520_000)) + STOP,
+        "memo bomb": P3
+        + b"]"
+        + b"".join(b"r" + struct.pack("<I", i * 4_000_003 % 2**32) for i in range(520_000))
+        + STOP,
         "billion laughs": P3 + laugh + STOP,
         "billion laughs as the number of terms": P3 + laugh + b"]N" + TUPLE3 + STOP,
         "billion laughs as weights": P3 + b"K\x05" + laugh + NONE + TUPLE3 + STOP,
@@ -259,11 +280,38 @@ def malformed() -> dict[str, bytes]:
         "dtype with 0 and 1": P3 + call(dtype, text("f4"), b"K\x00", b"K\x01") + STOP,
         "dtype complex": P3 + number_type("c8") + STOP,
         "dtype of dates": P3 + number_type("M8") + STOP,
-        "dtype described twice": P3 + f4 + MARK + b"K\x03" + text(">") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00t" + BUILD + STOP,
-        "dtype never described": checkpoint(array(b"K\x01\x85", call(dtype, text("f4"), b"\x89", b"\x88"), data(bytes(4)))),
-        "dtype with metadata": P3 + call(dtype, text("f4"), b"\x89", b"\x88") + b"(K\x04" + text("<") + b"NNNK\x00K\x00K\x00Nt" + BUILD + STOP,
-        "dtype with field names": P3 + call(dtype, text("f4"), b"\x89", b"\x88") + b"(K\x03" + text("|") + b"N)NK\x04K\x01K\x00t" + BUILD + STOP,
-        "dtype with flags": P3 + call(dtype, text("f4"), b"\x89", b"\x88") + b"(K\x03" + text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ft" + BUILD + STOP,
+        "dtype described twice": P3
+        + f4
+        + MARK
+        + b"K\x03"
+        + text(">")
+        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00t"
+        + BUILD
+        + STOP,
+        "dtype never described": checkpoint(
+            array(b"K\x01\x85", call(dtype, text("f4"), b"\x89", b"\x88"), data(bytes(4)))
+        ),
+        "dtype with metadata": P3
+        + call(dtype, text("f4"), b"\x89", b"\x88")
+        + b"(K\x04"
+        + text("<")
+        + b"NNNK\x00K\x00K\x00Nt"
+        + BUILD
+        + STOP,
+        "dtype with field names": P3
+        + call(dtype, text("f4"), b"\x89", b"\x88")
+        + b"(K\x03"
+        + text("|")
+        + b"N)NK\x04K\x01K\x00t"
+        + BUILD
+        + STOP,
+        "dtype with flags": P3
+        + call(dtype, text("f4"), b"\x89", b"\x88")
+        + b"(K\x03"
+        + text("<")
+        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ft"
+        + BUILD
+        + STOP,
         "dtype in native order": P3 + number_type("f4", "=") + STOP,
         "array without content": checkpoint(raw_array() * 30),
         "array described twice": P3 + plain + b"(K\x01K\x01\x85" + f4 + b"\x89" + data(bytes(4)) + b"t" + BUILD + STOP,
@@ -281,19 +329,37 @@ def malformed() -> dict[str, bytes]:
         "array with list content": P3 + array(b"K\x01\x85", f4, b"](K\x01e") + STOP,
         "array with itself as content": P3 + raw_array() + b"q\x00(K\x01K\x01\x85" + f4 + b"\x89h\x00t" + BUILD + STOP,
         "array with 0 as memory order": P3 + array(b"K\x01\x85", f4, data(bytes(4)), b"K\x00") + STOP,
-        "array of version 2": P3 + raw_array() + b"(K\x02K\x01\x85" + f4 + b"\x89" + data(bytes(4)) + b"t" + BUILD + STOP,
+        "array of version 2": P3
+        + raw_array()
+        + b"(K\x02K\x01\x85"
+        + f4
+        + b"\x89"
+        + data(bytes(4))
+        + b"t"
+        + BUILD
+        + STOP,
         "arrays that share memory": checkpoint(
-            data(bytes(400_000)) + b"q\x00" + b"0" * 0
+            data(bytes(400_000))
+            + b"q\x00"
+            + b"0" * 0
             + b"".join(array(b"J\xa0\x86\x01\x00\x85", f4, b"h\x00") for _ in range(1000))
         ),
-        "scalar of objects": P3 + call(name("numpy.core.multiarray", "scalar"), number_type_of_objects(), data(pickle.dumps(1))) + STOP,
-        "scalar of a pickle": P3 + call(name("numpy.core.multiarray", "scalar"), number_type("i8"), data(pickle.dumps(1))) + STOP,
-        "scalar of text": P3 + call(name("numpy.core.multiarray", "scalar"), number_type("i8"), text("12345678")) + STOP,
+        "scalar of objects": P3
+        + call(name("numpy.core.multiarray", "scalar"), number_type_of_objects(), data(pickle.dumps(1)))
+        + STOP,
+        "scalar of a pickle": P3
+        + call(name("numpy.core.multiarray", "scalar"), number_type("i8"), data(pickle.dumps(1)))
+        + STOP,
+        "scalar of text": P3
+        + call(name("numpy.core.multiarray", "scalar"), number_type("i8"), text("12345678"))
+        + STOP,
         "scalar of nothing": P3 + call(name("numpy.core.multiarray", "scalar"), number_type("i8")) + STOP,
-        "scalar of a short number": P3 + call(name("numpy.core.multiarray", "scalar"), number_type("i8"), data(bytes(4))) + STOP,
+        "scalar of a short number": P3
+        + call(name("numpy.core.multiarray", "scalar"), number_type("i8"), data(bytes(4)))
+        + STOP,
         "bytes by protocol 2": pickle.dumps((5, [np.zeros(4, np.float32)], None), 2),
         "arrays by protocol 5": pickle.dumps((5, [np.zeros(4, np.float32)], None), 5),
         "a torch tensor's names": P3 + name("torch._utils", "_rebuild_tensor_v2") + STOP,
         "zeros": bytes(1000),
         "ones": b"\xff" * 1000,
-    }  # fmt: skip
+    }

@@ -1,7 +1,8 @@
 """Fixtures of the checkpoint tests: small official files, and a web server that misbehaves on demand."""
 
+import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import proteinbert_fast
 from proteinbert_fast.checkpoints import LoadedCheckpoint, OptimizerState, read_official
 from proteinbert_fast.checkpoints.layouts import state_dict_shapes
 from proteinbert_fast.config import ProteinBertConfig
@@ -22,6 +24,11 @@ NANO_FILES = [NANO, GOLDEN / "nano_model_lamb_step3_proto4.pkl", GOLDEN / "nano_
 ODD_SIZES = ProteinBertConfig(
     n_annotations=7, d_local=5, d_global=12, n_blocks=2, n_heads=3, d_key=2, kernel_size=9, wide_dilation=5
 )
+
+
+def environment() -> dict[str, str]:
+    """For programs that a test starts: they import the package that the test imports."""
+    return os.environ | {"PYTHONPATH": str(Path(proteinbert_fast.__file__).parents[1])}
 
 
 def random_state_dict(config: ProteinBertConfig, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -131,19 +138,6 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     server.shutdown()
     thread.join()
     server.server_close()
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Fails the test if anything opens a connection."""
-    import socket
-
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a connection was opened")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    return lambda: None
 
 
 @pytest.fixture(autouse=True)

@@ -138,7 +138,8 @@ def test_malformed_pickles_are_refused(tmp_path, attack, request):
 @pytest.mark.parametrize(
     "attack",
     ["memo 2**32 - 1", "memo bomb", "billion laughs", "billion laughs as weights", "arrays that share memory",
-     "array of sizes 0 and 2**31", "BINBYTES8 of 2**64 - 1", "frame of 2**64 - 1", "LONG4 of 2 GB", "dtype V with a count"],
+     "array of sizes 0 and 2**31", "BINBYTES8 of 2**64 - 1", "frame of 2**64 - 1", "LONG4 of 2 GB",
+     "dtype V with a count"],
 )  # fmt: skip
 def test_memory_stays_in_proportion(tmp_path, attack):
     path = tmp_path / "evil.pkl"

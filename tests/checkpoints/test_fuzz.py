@@ -63,7 +63,8 @@ def mutated(draw: st.DrawFn) -> bytes:
 PIECES = [
     *OPCODES, name("numpy", "ndarray"), name("numpy", "dtype"), name("numpy.core.multiarray", "_reconstruct"),
     name("numpy._core.multiarray", "scalar"), number_type(), number_type("i8"), raw_array(), raw_array() + b"q\x00",
-    array(b"K\x01\x85", number_type(), data(bytes(4))), text("f4"), text("<"), data(bytes(8)), b"K\x05", b"h\x00", b"q\x01",
+    array(b"K\x01\x85", number_type(), data(bytes(4))), text("f4"), text("<"), data(bytes(8)),
+    b"K\x05", b"h\x00", b"q\x01",
     MARK + b"K\x03" + text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb", b"C\x01b", b"K\x00\x85", REDUCE,
     *(name(*pair) for pair in FORBIDDEN_NAMES[:10]), *(stacked(*pair) for pair in FORBIDDEN_NAMES[:10]),
 ]  # fmt: skip

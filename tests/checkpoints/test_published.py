@@ -13,7 +13,7 @@ from proteinbert_fast import ProteinBert
 from proteinbert_fast.checkpoints import PUBLISHED, PublishedCheckpoint, load_pretrained, published
 from proteinbert_fast.errors import CheckpointError
 
-from .conftest import NANO, Page, Web, same_tensors
+from .conftest import NANO, Page, Web, environment, same_tensors
 
 CONTENT = NANO.read_bytes()
 NAME = "nano-test"
@@ -269,7 +269,9 @@ try:
 except CheckpointError as error:
     print(error)
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment()
+    )
     assert "nano.pkl.part: cannot be written: File too large" in result.stdout
     part = (cache / "nano.pkl.part").read_bytes()
     assert part == CONTENT[: len(part)]
@@ -286,7 +288,7 @@ def test_a_cache_that_may_not_be_written(cache, publish):
 def test_a_file_where_the_cache_should_be(cache, publish):
     publish(Page(CONTENT))
     cache.write_text("")
-    with pytest.raises(CheckpointError, match="cannot be used as a cache: .*PROTEINBERT_FAST_CACHE"):
+    with pytest.raises(CheckpointError, match=r"cannot be used as a cache: .*PROTEINBERT_FAST_CACHE"):
         load_pretrained(NAME, cache_dir=cache)
 
 

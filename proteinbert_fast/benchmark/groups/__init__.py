@@ -1,0 +1,1 @@
+"""One module per group of benchmarks; `proteinbert_fast.benchmark.registry` names them all."""
