@@ -102,7 +102,7 @@ dev: $(VENV)/.dev
 wheel-test: $(VENV)/.dev
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
-	set -eu; \
+	@set -eu; \
 	temp=$$(mktemp -d); trap 'rm -rf "$$temp"' EXIT; \
 	mkdir "$$temp/tree"; \
 	tar -xzf dist/*.tar.gz -C "$$temp/tree" --strip-components 1; \

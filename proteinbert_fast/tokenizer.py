@@ -16,6 +16,7 @@ import torch
 
 from proteinbert_fast import _tokenizer
 from proteinbert_fast._tokenizer import END, GAP, OTHER, PAD, START, VOCABULARY
+from proteinbert_fast.config import VOCABULARY_SIZE
 from proteinbert_fast.errors import InputError
 from proteinbert_fast.packing import PackedBatch, check_gap
 
@@ -30,8 +31,6 @@ __all__ = [
     "SequenceRecord",
     "Tokenizer",
 ]
-
-VOCABULARY_SIZE = PAD + 1
 
 Text = str | bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 

@@ -26,9 +26,7 @@ def name_of(page: Path) -> str:
 
 def run_python(code: str, *options: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs code in a new interpreter, where nothing is imported yet."""
-    return subprocess.run(
-        [sys.executable, *options, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=300
-    )
+    return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -139,7 +137,7 @@ class TestMetadata:
     def test_base_install_is_small(self, distribution: metadata.Distribution) -> None:
         requirements = [Requirement(line) for line in distribution.requires or []]
         base = {r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})}
-        assert base == {"torch", "numpy", "h5py", "safetensors", "huggingface_hub", "tqdm"}
+        assert base == {"torch", "numpy", "h5py", "safetensors", "huggingface_hub", "tqdm", "filelock"}
 
     def test_types_and_extensions_are_shipped(self) -> None:
         folder = Path(proteinbert_fast.__file__).parent

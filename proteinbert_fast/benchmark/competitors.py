@@ -102,6 +102,7 @@ class PaddedProteinBert(nn.Module):
     def __init__(self, model: ProteinBert, channels_last: bool = False) -> None:
         super().__init__()
         config = model.config
+        self.channels_last = channels_last
         self.token_embedding = nn.Embedding(VOCABULARY_SIZE, config.d_local)
         self.global_input_bias = nn.Parameter(torch.empty(config.d_global))
         self.blocks = nn.ModuleList(PaddedBlock(config, channels_last) for _ in range(config.n_blocks))
@@ -149,43 +150,58 @@ def run_padded(model: PaddedModel, batches: list[PaddedBatch]) -> PaddedResult:
         return [(batch, model(batch.tokens, batch.mask)) for batch in batches]
 
 
-def fastest_batches(
-    model: PaddedModel, tokens: Sequence[Tensor], sizes: Sequence[int]
-) -> tuple[list[PaddedBatch], int]:
-    """The batches with which the model was fastest in one run each, after one that is not timed; and their size."""
-    best: tuple[float, list[PaddedBatch], int] | None = None
+class Choice(NamedTuple):
+    """Batches, how long a run over them took, and how they were made."""
+
+    batches: list[PaddedBatch]
+    seconds: float
+    batch_tokens: int
+
+    def __str__(self) -> str:
+        if self.batch_tokens == 1:
+            return "one protein at a time"
+        return f"sorted by length, batches of {self.batch_tokens:,} padded tokens"
+
+
+def fastest_batches(model: PaddedModel, tokens: Sequence[Tensor], sizes: Sequence[int]) -> Choice:
+    """The size of batches with which the model is fastest, by one run each after a short one that is not timed."""
+    choices = []
     for size in sizes:
         batches = padded_batches(tokens, size)
         run_padded(model, batches[:1] + batches[-1:])
         started = time.perf_counter()
-        if len(sizes) > 1:
-            run_padded(model, batches)
-        seconds = time.perf_counter() - started
-        if best is None or seconds < best[0]:
-            best = seconds, batches, size
-    assert best is not None
-    return best[1:]
+        run_padded(model, batches)
+        choices.append(Choice(batches, time.perf_counter() - started, size))
+    return min(choices, key=lambda choice: choice.seconds)
 
 
-def describe_batches(size: int) -> str:
-    """The choice of ``fastest_batches`` in words."""
-    return "one protein at a time" if size == 1 else f"sorted by length, batches of {size:,} padded tokens"
+def compile_blocks(model: PaddedProteinBert, batches: list[PaddedBatch]) -> float:
+    """Puts the model's blocks under torch.compile and runs it; returns the seconds that compiling took.
 
+    Compiled block by block, all six share their code; as a whole the model compiles six times as long and runs no
+    faster.
 
-def compiled(model: PaddedProteinBert, example: PaddedBatch) -> tuple[PaddedModel, float]:
-    """The model under torch.compile, and the seconds that compiling took.
+    Args:
+        model: is changed.
+        batches: of all shapes to come; shapes too unlike are compiled anew.
 
     Raises:
         Unavailable: it cannot be compiled here.
     """
-    # Lengths differ from batch to batch: static shapes would be compiled anew for each.
-    fast: PaddedModel = torch.compile(model, dynamic=True)
+    # 8 versions of a function, the default, are soon used up; then it would run eagerly, which fullgraph forbids.
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.blocks:
+        # Lengths differ from batch to batch: static shapes would be compiled anew for each.
+        block.compile(dynamic=True, fullgraph=True)
     started = time.perf_counter()
     try:
-        run_padded(fast, [example])
+        run_padded(model, batches)
     except (RuntimeError, OSError) as error:
         raise Unavailable(f"torch.compile fails here: {str(error).strip().splitlines()[0]}") from error
-    return fast, time.perf_counter() - started
+    first = time.perf_counter() - started
+    started = time.perf_counter()
+    run_padded(model, batches)
+    return first - (time.perf_counter() - started)
 
 
 def other_package_version() -> str:

@@ -18,7 +18,6 @@ from proteinbert_fast.benchmark.cases import Case, Check, Probe, Ready, Work
 from proteinbert_fast.benchmark.settings import Settings
 
 TABLE = "the machine itself"
-_PIECE = 2048  # rows of the convolution
 
 
 def environment() -> dict[str, Any]:
@@ -84,10 +83,11 @@ def probes(settings: Settings, *kinds: Probe) -> list[Case]:
     if "matrix" in kinds:
         for dtype in settings.dtypes:
             for n in settings.matrix_sizes:
-                name, calls = f"product of {n} x {n} matrices", max(1, 2**35 // n**3)
+                name, calls = f"product of {n} x {n} matrices", max(1, min(4, 2**35 // n**3))
                 found.append(_matrix_probe(name, dtype, 2 * n**3, calls, partial(_product, n)))
-            name = f"convolution of {_PIECE} rows, 128 channels, 9 taps, channels last"
-            found.append(_matrix_probe(name, dtype, 2 * _PIECE * 128 * 128 * 9, 64, _convolution))
+            n = min(settings.matrix_sizes)
+            name = f"convolution of {n} rows, 128 channels, 9 taps, channels last"
+            found.append(_matrix_probe(name, dtype, 2 * n * 128 * 128 * 9, 16, partial(_convolution, n)))
     return found + (_copy_probes(settings.copied_bytes) if "copy" in kinds else [])
 
 
@@ -117,8 +117,8 @@ def _product(n: int, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
     return lambda: torch.mm(a, b, out=out)
 
 
-def _convolution(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    rows = torch.randn(1, 1, _PIECE + 8, 128).to(dtype).permute(0, 3, 1, 2)
+def _convolution(n: int, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    rows = torch.randn(1, 1, n + 8, 128).to(dtype).permute(0, 3, 1, 2)
     weight = torch.randn(128, 128, 1, 9).to(dtype).contiguous(memory_format=torch.channels_last)
 
     def run() -> torch.Tensor:

@@ -23,7 +23,8 @@ class Settings:
         compile: whether to run competitors under torch.compile too.
         tokenizer_bytes: residues in memory for the tokenizer.
         memory_lengths: residues of the proteins whose peak memory is measured.
-        matrix_sizes: of the square matrices whose products show the machine's matrix rate.
+        matrix_sizes: of the square matrices whose products show the machine's matrix rate; a convolution of as many
+            rows as the smallest does too.
         copied_bytes: of the array whose copying shows its copy rate; more than fits into caches.
         is_quick: sizes are too small for numbers worth keeping; reports say so.
     """

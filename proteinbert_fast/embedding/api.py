@@ -33,7 +33,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 StorageDtype = Literal["float16", "float32"]
 Path = str | os.PathLike[str]
 
-_TOKENS_PER_BATCH = {"cpu": 16_384, "cuda": 131_072}
+_TOKENS_PER_BATCH = {"cpu": 32_768, "cuda": 131_072}
 
 
 @dataclass(frozen=True)
@@ -223,8 +223,7 @@ def embed(
         dtype: what to compute in. "auto" is bfloat16 on CUDA, float32 on CPUs, and the model's own dtype if
             that is not float32.
         storage_dtype: dtype of the embeddings. Values that float16 cannot hold are said and become infinite.
-        device: as for torch; None is CUDA if there is a GPU, else the CPU. A model is moved
-            there.
+        device: as for torch; None is CUDA if there is a GPU, else the CPU. A model is moved there.
         tokens_per_batch: most packed tokens of a batch, gaps included; a longer protein goes alone.
         max_length: cut longer proteins to their first residues and say so of each. None never cuts.
         layout: of the file: "flat" arrays, or a dataset per protein as in UniProt's embedding files
@@ -272,13 +271,17 @@ def embed(
     with PartialRun(os.fspath(output), resume=resume, overwrite=overwrite) as partial:
         try:
             if isinstance(source, FastaSource):
-                source.copy_pipes(partial.folder)
+                try:
+                    source.copy_pipes(partial.folder)
+                except OSError as error:
+                    raise partial.unwritable(error) from error
             return _to_file(source, model, options, partial)
         except KeyboardInterrupt:
-            partial.commit()
-            done = partial.records_done
-            kept = f"{done:,} records are safe in {partial.folder}; go on with --resume"
-            logger.warning("interrupted: %s", kept if done else "no record was done yet")
+            if partial.begun:
+                partial.commit()
+                done = partial.records_done
+                kept = f"{done:,} records are safe in {partial.folder}; go on with --resume"
+                logger.warning("interrupted: %s", kept if done else "no record was done yet")
             raise
 
 
@@ -473,12 +476,13 @@ def _prepare(source: FastaSource | MemorySource, model: Path | ProteinBert, opti
     default = _TOKENS_PER_BATCH.get(weight.device.type, _TOKENS_PER_BATCH["cpu"])
     storage = torch.float16 if options.storage_dtype == "float16" else torch.float32
     plan = Plan(selection, storage, autocast, options.tokens_per_batch or default, options.max_length)
-    scan = source.scan()
+    with _progress(options, "checking the input", None, unit="B") as count:
+        scan = source.scan(count)
     for line in scan.notes:
         logger.warning(line)
     if options.dtype == "auto" and weight.device.type == "cpu" and autocast is None and has_fast_bfloat16():
         logger.info("this CPU computes faster in bfloat16, if that is exact enough for you: dtype bfloat16")
-    with Embedder(model, plan, int, str).computing():
+    with plan.computing(weight.device):
         backend = model.backend_report()
     is_cuda = weight.device.type == "cuda"
     device_name = f"cuda ({torch.cuda.get_device_name(weight.device)})" if is_cuda else weight.device.type
@@ -538,7 +542,7 @@ def _digest(model: ProteinBert) -> str:
 
 @contextmanager
 def _progress(
-    options: _Options, what: str, total: int, initial: int = 0, unit: str = " residues"
+    options: _Options, what: str, total: int | None, initial: int = 0, unit: str = " residues"
 ) -> Iterator[Callable[[int], object]]:
     """A progress bar with rate and time left on stderr, or nothing; gives the function to count with."""
     with tqdm(

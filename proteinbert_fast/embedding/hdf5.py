@@ -57,8 +57,7 @@ class Contents:
 
 
 def write_output(partial: PartialRun, contents: Contents, on_bytes: Callable[[int], object]) -> None:
-    """Merges the shards of a complete run into its output, gives it its name, and only then removes the
-    shards.
+    """Merges the shards of a complete run into its output, names it, and only then removes the shards.
 
     Args:
         partial: the run.

@@ -1,5 +1,4 @@
-"""The unfinished run beside an output file: shards that are complete or absent, and a manifest that names
-them.
+"""The unfinished run beside an output: shards that are complete or absent, and a manifest that names them.
 
 ``embeddings.h5`` is written by way of the folder ``embeddings.h5.partial``::
 
@@ -76,8 +75,7 @@ class Shard:
 
 
 class PartialRun:
-    """The claim of one process on an output file, and the shards that this or an earlier process has
-    completed.
+    """The claim of one process on an output, and the shards that this or an earlier process has completed.
 
     Use as a context. On leaving it, what was added since the last shard is made a shard, also after an error;
     the folder stays for a later resume unless `finish` was called or there is no shard.
@@ -91,6 +89,12 @@ class PartialRun:
         InputError: something is there and neither resume nor overwrite was asked for, or another process is
             writing.
         ProteinBertError: the folder of the output cannot be written to.
+
+    Attributes:
+        output: the HDF5 file to be.
+        folder: where the shards are.
+        run: what this run is, once it has begun.
+        begun: whether `begin` has found the run to be a new one, or the one that was interrupted.
     """
 
     def __init__(self, output: str, *, resume: bool, overwrite: bool) -> None:
@@ -99,13 +103,10 @@ class PartialRun:
         self.output = output
         self.folder = output + ".partial"
         self.run: Run = {}
-        self.shards: list[Shard] = []
         self._resume = resume
         self._overwrite = overwrite
-        self._lock = -1
-        self._open: _OpenShard | None = None
-        self._begun = False
-        self._manifest_is_current = True
+        self.begun = False
+        self._state = _State((), None, True)
         self._check_output()
 
     def _check_output(self) -> None:
@@ -141,36 +142,39 @@ class PartialRun:
             with suppress(OSError):
                 self._commit()
         finally:
-            if self._open is not None:
-                self._open.discard()
-            with suppress(OSError):
-                if self._begun and not self.shards:
-                    _remove(self.path(MANIFEST))
-                self._remove_leftovers(("shard-", "merged", "input-") if self._begun else ("input-",))
-                self._release()
+            try:
+                self._tidy_up()
+            finally:
+                # Closed in any case, also by the collection of this object: it holds the lock.
+                self._lock.close()
 
     def _take_lock(self) -> None:
         while True:
             os.makedirs(self.folder, exist_ok=True)
-            lock = os.open(self.path(LOCK), os.O_CREAT | os.O_RDWR, 0o644)
+            self._lock = open(self.path(LOCK), "a")  # noqa: SIM115
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                os.close(lock)
+                self._lock.close()
                 raise InputError(f"{self.output}: another process is writing it now") from error
             # The last owner may have deleted the file between our opening and locking it.
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock), os.stat(self.path(LOCK))):
-                    self._lock = lock
+                if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path(LOCK))):
                     return
-            os.close(lock)
+            self._lock.close()
 
-    def _release(self) -> None:
-        if not os.path.exists(self.path(MANIFEST)):
-            _remove(self.path(LOCK))
-            with suppress(OSError):  # somebody else's files are in it
-                os.rmdir(self.folder)
-        os.close(self._lock)
+    def _tidy_up(self) -> None:
+        """Leaves the folder with nothing but complete shards and their manifest, or not at all."""
+        if self._state.open is not None:
+            self._state.open.discard()
+        with suppress(OSError):
+            if self.begun and not self.shards:
+                _remove(self.path(MANIFEST))
+            self._remove_leftovers(("shard-", "merged", "input-") if self.begun else ("input-",))
+            if not os.path.exists(self.path(MANIFEST)):
+                _remove(self.path(LOCK))
+                with suppress(OSError):  # somebody else's files are in it
+                    os.rmdir(self.folder)
 
     def begin(self, run: Run) -> bool:
         """Starts the run, or goes on with it. Afterwards ``self.run`` describes it.
@@ -188,7 +192,7 @@ class PartialRun:
             done = run_of(self.output)
             difference = "it is no embeddings file of this version" if done is None else _difference(done, run)
             if done is not None and not difference:
-                self.run, self._begun = done, True
+                self.run, self.begun = done, True
                 return True
             if manifest is None:
                 raise InputError(f"{self.output}: cannot resume: {difference}; replace it with --overwrite")
@@ -200,10 +204,10 @@ class PartialRun:
             if difference := _difference(manifest["run"], run):
                 raise InputError(f"{self.output}: cannot resume: {difference}; start anew with --overwrite")
             self.run, self._overwrite = manifest["run"], manifest["overwrite"]
-            self.shards = [Shard(**shard) for shard in manifest["shards"]]
+            self._state = _State(tuple(Shard(**shard) for shard in manifest["shards"]), None, True)
             self._check_shards()
         try:
-            self._begun = True
+            self.begun = True
             self._write_manifest()
             self._remove_leftovers(("shard-", "merged"))
         except OSError as error:
@@ -238,6 +242,11 @@ class PartialRun:
             raise InputError(f"{self.output}: was made meanwhile; move it away and go on with --resume")
 
     @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The complete shards, in input order."""
+        return self._state.shards
+
+    @property
     def records_done(self) -> int:
         """Records in complete shards."""
         return sum(shard.records for shard in self.shards)
@@ -249,9 +258,10 @@ class PartialRun:
             ProteinBertError: the disk cannot be written to; says how many records are safe.
         """
         try:
-            if self._open is None:
-                self._open = _OpenShard(self.path(OPEN_SHARD))
-            self._open.write(rows)
+            if self._state.open is None:
+                self._state = self._state._replace(open=_OpenShard(self.path(OPEN_SHARD)))
+            assert self._state.open is not None
+            self._state.open.write(rows)
         except OSError as error:
             self._give_up(error)
 
@@ -269,9 +279,10 @@ class PartialRun:
         Raises:
             ProteinBertError: the disk cannot be written to; says how many records are safe.
         """
-        assert self._open is not None
-        self._open.add_records(ids, lengths, full_lengths, n_overflowed)
-        if self._open.written >= SHARD_BYTES or time.monotonic() - self._open.since >= SHARD_SECONDS:
+        shard = self._state.open
+        assert shard is not None
+        shard.add_records(ids, lengths, full_lengths, n_overflowed)
+        if shard.written >= SHARD_BYTES or time.monotonic() - shard.since >= SHARD_SECONDS:
             self.commit()
 
     def commit(self) -> None:
@@ -292,15 +303,15 @@ class PartialRun:
         raise self.unwritable(error) from error
 
     def _commit(self) -> None:
-        if self._open is not None:
-            if self._open.is_empty:
-                self._open.discard()
-            else:
-                shard = self._open.complete(self.path(""), f"shard-{len(self.shards):06d}.bin")
-                self.shards.append(shard)
-                self._manifest_is_current = False
-            self._open = None
-        if not self._manifest_is_current:
+        shards, shard, _ = self._state
+        if shard is not None and shard.is_empty:
+            self._state = self._state._replace(open=None)
+            shard.discard()
+        elif shard is not None:
+            done = shard.complete(self.folder, f"shard-{len(shards):06d}.bin")
+            self._state = _State((*shards, done), None, False)
+            shard.close()
+        if not self._state.manifest_is_current:
             self._write_manifest()
 
     def _write_manifest(self) -> None:
@@ -316,12 +327,12 @@ class PartialRun:
             os.fsync(file.fileno())
         os.replace(self.path(MANIFEST + ".tmp"), self.path(MANIFEST))
         flush_folder(self.folder)
-        self._manifest_is_current = True
+        self._state = self._state._replace(manifest_is_current=True)
 
     def finish(self) -> None:
         """Removes the folder, after the output has its name."""
+        self._state = _State((), None, True)
         _remove(self.path(MANIFEST))
-        self.shards = []
         self._remove_leftovers(("shard-",))
 
     def path(self, name: str) -> str:
@@ -342,6 +353,14 @@ class PartialRun:
         for name in os.listdir(self.folder):
             if name.startswith(prefixes) and name not in named:
                 _remove(self.path(name))
+
+
+class _State(NamedTuple):
+    """How far a run is. Replaced as a whole: an interrupt finds the state before a step or after it."""
+
+    shards: tuple[Shard, ...]
+    open: "_OpenShard | None"
+    manifest_is_current: bool
 
 
 class _Added(NamedTuple):
@@ -390,18 +409,23 @@ class _OpenShard:
         row_bytes, crc32 = self._added[-1].row_bytes, self._added[-1].crc32
         names = "\n".join(ids).encode()
         tail = np.array([lengths, full_lengths], "<i8").tobytes() + names
+        # May be the second time, when an interrupt or a full disk ended the first: every step can be
+        # repeated.
         os.ftruncate(self._file, row_bytes)
         os.lseek(self._file, row_bytes, os.SEEK_SET)
         _write_all(self._file, memoryview(tail))
         os.fsync(self._file)
-        os.replace(self._path, os.path.join(folder, name))
+        if os.path.exists(self._path):
+            os.replace(self._path, os.path.join(folder, name))
         flush_folder(folder)
-        os.close(self._file)
         n_overflowed = sum(added.n_overflowed for added in self._added)
         return Shard(name, len(ids), row_bytes, len(names), zlib.crc32(tail, crc32), n_overflowed)
 
-    def discard(self) -> None:
+    def close(self) -> None:
         os.close(self._file)
+
+    def discard(self) -> None:
+        self.close()
         _remove(self._path)
 
 

@@ -85,6 +85,13 @@ class Plan:
         """Bytes of a row of results."""
         return self.selection.width * self.storage.itemsize
 
+    @contextmanager
+    def computing(self, device: torch.device) -> Iterator[None]:
+        """The modes of torch to compute in. They are those of the whole thread: yield nothing within."""
+        enabled = self.autocast is not None
+        with torch.inference_mode(), torch.autocast(device.type, self.autocast, enabled=enabled):
+            yield
+
 
 def windows(
     records: Iterable[FastaRecord], plan: Plan, gap: int, on_cut: Callable[[str], object], skip: int = 0
@@ -193,7 +200,8 @@ class Embedder:
         """Results of a window of one protein: never all of them at a time."""
         ((_, batch),) = window.batches
         out = self._run(batch)
-        begin, end = int(batch.host_starts[0]) + 1, int(batch.host_starts[0]) + 1 + window.lengths[0]
+        begin = int(batch.host_starts[0]) + 1
+        end = begin + window.lengths[0]
         has_nan = False
         for first in range(begin, end, _PIECE_ROWS):
             piece = self._rows_of(out, first, min(first + _PIECE_ROWS, end))
@@ -213,7 +221,7 @@ class Embedder:
         """Computes one batch and puts its rows where they belong."""
         out = self._run(batch)
         if not self._plan.per_residue:
-            with self.computing():
+            with self._computing(batch):
                 results[numbers] = self._stored(self._plan.selection.of_proteins(out))
             return
         begins = (batch.host_starts + 1).tolist()
@@ -227,26 +235,14 @@ class Embedder:
                     results[offset + low - begin : offset + high - begin] = piece[low - first : high - first]
 
     def _run(self, batch: PackedBatch) -> ProteinBertOutput:
-        plan = self._plan
-        try:
+        with self._computing(batch):
             if self._device.type == "cuda":
                 batch = batch.pin_memory().to(self._device, non_blocking=True)
-            with self.computing():
-                return cast(ProteinBertOutput, self._model(batch, hidden_states=plan.selection.needs_hidden_states))
-        except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-                raise
-            first = batch.ids[0] if batch.ids else "0"
-            advice = f"use fewer tokens per batch (now {plan.tokens_per_batch:,})"
-            if len(batch) == 1:
-                advice = "cut it with a max length, or use a machine with more"
-            raise BackendError(
-                f"the memory of {self._device} does not suffice for {len(batch):,} proteins of "
-                f"{batch.n_tokens:,} tokens, {first} the first: {advice}"
-            ) from error
+            hidden_states = self._plan.selection.needs_hidden_states
+            return cast(ProteinBertOutput, self._model(batch, hidden_states=hidden_states))
 
     def _rows_of(self, out: ProteinBertOutput, first: int, stop: int) -> Rows:
-        with self.computing():
+        with self._computing(out.batch):
             return self._stored(self._plan.selection.of_rows(out, first, stop))
 
     def _stored(self, values: torch.Tensor) -> Rows:
@@ -257,11 +253,23 @@ class Embedder:
         return rows
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
-        """For pieces of work that do not yield: the modes below are those of the whole thread."""
-        enabled = self._plan.autocast is not None
-        with torch.inference_mode(), torch.autocast(self._device.type, self._plan.autocast, enabled=enabled):
-            yield
+    def _computing(self, batch: PackedBatch) -> Iterator[None]:
+        """Torch's modes for a piece of work, and a clear line when the memory does not suffice for it."""
+        try:
+            with self._plan.computing(self._device):
+                yield
+        except (MemoryError, RuntimeError) as error:
+            out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if not out_of_memory and "allocate memory" not in str(error):
+                raise
+            first = batch.ids[0] if batch.ids else "0"
+            advice = f"use fewer tokens per batch (now {self._plan.tokens_per_batch:,})"
+            if len(batch) == 1:
+                advice = "cut it with a max length, or use a machine with more"
+            raise BackendError(
+                f"the memory of {self._device} does not suffice for {len(batch):,} proteins of "
+                f"{batch.n_tokens:,} tokens, {first} the first: {advice}"
+            ) from error
 
     def _judge(self, window: Window, records: list[int], has_nan: bool) -> None:
         if not records:

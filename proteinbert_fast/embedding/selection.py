@@ -1,6 +1,4 @@
-"""Which of the model's states make an embedding: the layers, their order, and how they are taken from an
-output.
-"""
+"""Which of the model's states make an embedding, and how they are taken from its output."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

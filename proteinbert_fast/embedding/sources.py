@@ -1,14 +1,12 @@
-"""Where the sequences come from: FASTA files and pipes, or Python objects. Each is looked through before any
-work.
-"""
+"""Where sequences come from: FASTA files and pipes, or Python objects. All are looked at before any work."""
 
 import errno
 import hashlib
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -55,17 +53,15 @@ class Source(Protocol):
     def check(self) -> None:
         """Refuses at once what can be refused without reading. Raises InputError."""
 
-    def scan(self) -> Scan:
-        """Looks at every record. Raises InputError when one cannot be used."""
+    def scan(self, on_bytes: Callable[[int], object]) -> Scan:
+        """Looks at every record, and tells how far it is. Raises InputError if one cannot be used."""
 
     def records(self) -> Iterator[FastaRecord]:
         """The records that the scan counted, in order."""
 
 
 def dataset_name(record_id: str) -> str:
-    """What the UniProt layout calls a record: the accession of a UniProt id (``sp|P12345|NAME``), else the
-    id.
-    """
+    """The record in the UniProt layout: the accession of a UniProt id (``sp|P12345|NAME``), else the id."""
     match = _UNIPROT_HEADER.match(record_id)
     return match[1] if match else record_id
 
@@ -118,19 +114,22 @@ class FastaSource:
             OSError: writing fails.
         """
         for i, file in enumerate(self._files):
-            if file.path == "-" or not os.path.isfile(file.path):
-                copy = os.path.join(folder, f"input-{i}")
-                stream = sys.stdin.buffer if file.path == "-" else open(file.path, "rb")  # noqa: SIM115
-                try:
-                    with open(copy, "wb") as target:
-                        shutil.copyfileobj(stream, target, 1 << 20)
-                finally:
-                    if file.path != "-":
-                        stream.close()
-                self._files[i] = FastaFile(copy, file.name)
+            if file.path != "-" and os.path.isfile(file.path):
+                continue
+            copy = os.path.join(folder, f"input-{i}")
+            with open(copy, "wb") as target:
+                for chunk in _chunks(file):
+                    target.write(chunk)
+            self._files[i] = FastaFile(copy, file.name)
 
-    def scan(self) -> Scan:
-        found = scan_fasta(self._files, lowercase=self._lowercase, duplicates=self._duplicates, name_of=self._name_of)
+    def scan(self, on_bytes: Callable[[int], object]) -> Scan:
+        found = scan_fasta(
+            self._files,
+            lowercase=self._lowercase,
+            duplicates=self._duplicates,
+            name_of=self._name_of,
+            on_bytes=on_bytes,
+        )
         self._dropped = set(found.dropped.tolist())
         self._expected = found.files
         return Scan(found.lengths, list(found.files), len(found.dropped), found.notes.lines())
@@ -140,6 +139,15 @@ class FastaSource:
         if not self._dropped:
             return records
         return (record for number, record in enumerate(records) if number not in self._dropped)
+
+
+def _chunks(file: FastaFile) -> Iterator[bytes]:
+    try:
+        with nullcontext(sys.stdin.buffer) if file.path == "-" else open(file.path, "rb") as stream:
+            while chunk := stream.read(1 << 20):
+                yield chunk
+    except OSError as error:
+        raise InputError(f"{file.name}: cannot be read: {error.strerror or error}") from error
 
 
 class _Given(FastaRecord):
@@ -204,7 +212,7 @@ class MemorySource:
         if not self._records:
             raise InputError("no sequence given")
 
-    def scan(self) -> Scan:
+    def scan(self, on_bytes: Callable[[int], object]) -> Scan:
         digest = hashlib.sha256()
         seen: set[str] = set()
         kept: list[FastaRecord] = []
@@ -242,9 +250,7 @@ def cut(sequence: bytes, residues: int) -> bytes:
 def open_source(
     sequences: Any, lowercase: Lowercase, duplicates: Duplicates, layout: Layout
 ) -> "FastaSource | MemorySource":
-    """The source for what `embed` was given: a path or paths are FASTA files, everything else is
-    sequences.
-    """
+    """The source for what `embed` was given: paths are FASTA files, everything else is sequences."""
     if isinstance(sequences, str) and not os.path.exists(sequences) and sequences != "-":
         hint = "; to embed a sequence, give a list of sequences" if sequences.isalpha() else ""
         raise InputError(f"{sequences[:80]}: {os.strerror(errno.ENOENT).lower()}{hint}")

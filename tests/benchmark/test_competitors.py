@@ -6,7 +6,7 @@ import torch
 from proteinbert_fast import ProteinBert, Tokenizer
 from proteinbert_fast.benchmark import competitors
 from proteinbert_fast.benchmark.cases import Unavailable
-from proteinbert_fast.benchmark.competitors import PaddedProteinBert, padded_batches, run_padded
+from proteinbert_fast.benchmark.competitors import PaddedBlock, PaddedProteinBert, padded_batches, run_padded
 from proteinbert_fast.benchmark.groups.forward import padded_states
 from proteinbert_fast.benchmark.setup import Setup, random_model
 
@@ -53,12 +53,12 @@ def test_a_missing_package_is_said(setup: Setup, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_compiler_that_fails_is_said(setup: Setup, monkeypatch: pytest.MonkeyPatch):
-    def fails(*_: object, **__: object) -> object:
+    def fails(block: PaddedBlock, **_: object) -> None:
         def run(*_: object) -> None:
             raise RuntimeError("no C++ compiler\nand more")
 
-        return run
+        block.forward = run
 
-    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(PaddedBlock, "compile", fails)
     with pytest.raises(Unavailable, match=r"no C\+\+ compiler$"):
-        competitors.compiled(setup.padded("float32"), padded_batches(setup.tokens, 1024)[0])
+        setup.compiled("float32")

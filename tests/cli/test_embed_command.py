@@ -234,7 +234,7 @@ def test_interrupted_by_a_signal(fasta: Path, weights: Path, tmp_path: Path, num
     with started(SLOW, tmp_path, args) as process:
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == code, err
     lines = err.splitlines()
     assert re.fullmatch(
         r"proteinbert-fast: warning: interrupted: \d+ records are safe in out.h5.partial; go on with --resume", lines[0]

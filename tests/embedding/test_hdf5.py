@@ -4,11 +4,13 @@ to.
 
 import errno
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -17,7 +19,7 @@ import pytest
 
 from proteinbert_fast import ProteinBert, embed
 from proteinbert_fast.data.fasta import read_fasta
-from proteinbert_fast.embedding import EmbedSummary, hdf5, partial, pipeline
+from proteinbert_fast.embedding import EmbedSummary, hdf5, partial, pipeline, sources
 from proteinbert_fast.errors import InputError, ProteinBertError
 
 PER = ["protein", "residue"]
@@ -339,3 +341,24 @@ def test_pipes_and_standard_input(model: ProteinBert, fasta: Path, tmp_path: Pat
     assert sorted(os.listdir(tmp_path)) == ["out.h5", "pipe"]
     with pytest.raises(InputError, match=r"standard input \(-\) is named twice"):
         embed([Path("-"), Path("-")], model=model)
+
+
+def test_full_disk_while_a_pipe_is_copied(model: ProteinBert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: sources.FastaSource, folder: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sources.FastaSource, "copy_pipes", full)
+    with pytest.raises(ProteinBertError, match=r"out\.h5: cannot be written: No space left on device$"):
+        embed("-", tmp_path / "out.h5", model=model)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_pipe_that_cannot_be_read(model: ProteinBert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(io.RawIOBase):
+        def read(self, size: int = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Broken()))
+    with pytest.raises(InputError, match="standard input: cannot be read: Input/output error"):
+        embed("-", tmp_path / "out.h5", model=model)
+    assert os.listdir(tmp_path) == []

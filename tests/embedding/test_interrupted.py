@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from proteinbert_fast import ProteinBert, embed
+from proteinbert_fast.data.fasta import read_fasta
 from proteinbert_fast.embedding import api, hdf5, partial, pipeline
 from proteinbert_fast.errors import InputError, ProteinBertError
 
@@ -105,7 +106,7 @@ while not completed:
     print(call, summary.resumed)
     os.unlink("out.h5")
     call += step
-    step = 1 if call < 60 else 7  # every call of the first shards, then some of the others
+    step = 1 if call < 30 else 6  # every call of the first shards, then some of the others
 """
 
 
@@ -116,7 +117,7 @@ def test_killed_before_any_change_of_the_disk(fasta: Path, tmp_path: Path, per: 
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
     resumed = [int(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(resumed) > 60
+    assert len(resumed) > 35
     assert set(resumed) > {0, 24}
     assert len(set(resumed)) > 4
 
@@ -174,6 +175,46 @@ def test_ctrl_c_says_what_is_safe(
             embed(fasta, tmp_path / "new.h5", model=model, **OPTIONS)
     assert caplog.messages[-1] == "interrupted: no record was done yet"
     assert os.listdir(tmp_path) == ["out.h5"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_ctrl_c_around_any_change_of_the_disk(
+    model: ProteinBert, fasta: Path, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it comes, it stays an interrupt, and the run can be resumed."""
+    records = list(read_fasta(fasta))[:8]
+    output = tmp_path / "out.h5"
+    embed(records, tmp_path / "whole.h5", model=model, **OPTIONS)
+    names = ("write", "pwrite", "ftruncate", "fsync", "replace", "unlink", "makedirs", "close")
+    for call in range(200):
+        calls = iter(range(100_000))
+
+        def interrupted(function: Any, calls: Any = calls, call: int = call) -> Any:
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                now = next(calls) == call and threading.current_thread() is threading.main_thread()
+                if now and when == "before":
+                    raise KeyboardInterrupt
+                result = function(*args, **kwargs)
+                if now:
+                    raise KeyboardInterrupt
+                return result
+
+            return wrapper
+
+        with monkeypatch.context() as patch:
+            patch.setattr(partial, "SHARD_SECONDS", 0.0)
+            for name in names:
+                patch.setattr(os, name, interrupted(getattr(os, name)))
+            try:
+                embed(records, output, model=model, **OPTIONS)
+                break
+            except KeyboardInterrupt:
+                pass
+        embed(records, output, model=model, resume=True, **OPTIONS)
+        assert digest(output) == digest(tmp_path / "whole.h5")
+        assert sorted(os.listdir(tmp_path)) == ["out.h5", "whole.h5"], call
+        output.unlink()
+    assert 40 < call < 199
 
 
 def test_no_thread_is_left_behind(model: ProteinBert, fasta: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import torch
 
-from proteinbert_fast.benchmark import competitors, machine
+from proteinbert_fast.benchmark import machine
 from proteinbert_fast.benchmark.cases import Case, Check, Ready
 from proteinbert_fast.benchmark.competitors import PaddedProteinBert, padded_batches, run_padded
 from proteinbert_fast.benchmark.setup import OURS, PLAIN, Setup, States
@@ -55,11 +55,11 @@ def _prepare(setup: Setup, name: str, per: Per, dtype: str) -> Ready[Path]:
             return embed_ours(model, setup.fasta, output, per)
     else:
         padded = setup.padded(dtype)
-        _, size = setup.fastest_eager(dtype)
-        note += f"; {competitors.describe_batches(size)}"
+        choice = setup.fastest_eager(dtype)
+        note += f"; {choice}"
 
         def run() -> Path:
-            return embed_script(padded, setup.fasta, output, per, size)
+            return embed_script(padded, setup.fasta, output, per, choice.batch_tokens)
 
     def check(path: Path) -> Check:
         return setup.check(stored_states(path, per), dtype, stored=True)

@@ -15,7 +15,7 @@ from proteinbert_fast.tokenizer import Tokenizer
 
 MANY = "many proteins"
 ONE = "one protein"
-OURS_BATCH_TOKENS = 16_384  # as embed() on CPUs
+OURS_BATCH_TOKENS = 32_768  # as embed() on CPUs
 _ONE_CALLS = 10
 
 OursResult = list[tuple[list[int], ProteinBertOutput]]
@@ -37,7 +37,7 @@ def cases(setup: Setup) -> list[Case]:
             ),
         ]
         if setup.settings.compile:
-            what = "the same under torch.compile"
+            what = "the faster of the two under torch.compile"
             sources.append(("padded compiled", what, PLAIN, lambda d, one: _compiled(setup, d, one)))
         what = "another model of equal widths, padded batches, mask"
         sources.append((competitors.OTHER_PACKAGE, what, other, lambda d, one: _other(setup, d, one)))
@@ -88,17 +88,18 @@ def _eager(setup: Setup, dtype: str, one: bool, channels_last: bool) -> Ready[Pa
     model = setup.padded(dtype, channels_last)
     if one:
         return _padded(setup, model, _typical(setup), dtype, one, "")
-    batches, size = setup.fastest_eager(dtype, channels_last)
-    return _padded(setup, model, batches, dtype, one, competitors.describe_batches(size))
+    choice = setup.fastest_eager(dtype, channels_last)
+    return _padded(setup, model, choice.batches, dtype, one, str(choice))
 
 
 def _compiled(setup: Setup, dtype: str, one: bool) -> Ready[PaddedResult]:
     model, seconds = setup.compiled(dtype)
-    note = f"dynamic shapes, {seconds:.0f} s of compiling not counted"
+    layout = "channels last" if model.channels_last else "nn.Conv1d"
+    note = f"{layout}, dynamic shapes, {seconds:.0f} s of compiling not counted"
     if one:
         return _padded(setup, model, _typical(setup), dtype, one, note)
-    batches, size = competitors.fastest_batches(model, setup.tokens, setup.settings.batch_tokens)
-    return _padded(setup, model, batches, dtype, one, f"{competitors.describe_batches(size)}; {note}")
+    choice = competitors.fastest_batches(model, setup.tokens, setup.settings.batch_tokens)
+    return _padded(setup, model, choice.batches, dtype, one, f"{choice}; {note}")
 
 
 def _padded(
@@ -113,8 +114,8 @@ def _other(setup: Setup, dtype: str, one: bool) -> Ready[PaddedResult]:
     if one:
         batches = _typical(setup)
     else:
-        batches, size = competitors.fastest_batches(model, setup.tokens, setup.settings.batch_tokens)
-        note = f"{competitors.describe_batches(size)}; {note}"
+        choice = competitors.fastest_batches(model, setup.tokens, setup.settings.batch_tokens)
+        batches, note = choice.batches, f"{choice}; {note}"
     return Ready(lambda: competitors.run_padded(model, batches), None, note, _ONE_CALLS if one else 1)
 
 
