@@ -103,7 +103,7 @@ class Report:
             f"{self.proteins['shortest']:,} to {self.proteins['longest']:,}. Random weights.",
             "",
             f"p20 / p50 / p80 of {self.settings.rounds} interleaved rounds. Fractions and ratios are formed within "
-            'rounds. The matrix and copy rates are the fastest rows of "the machine itself", measured in the same '
+            'rounds. The matrix and copy rates are the fastest product and copy of "the machine itself", measured in the same '
             f"rounds. Work is {_flops(self.settings)} MFLOP per token of a protein, padding never counted.",
         ]
         for group, rows in self.groups:
@@ -147,9 +147,7 @@ def _table(members: Sequence[Row], rows: Sequence[Row]) -> list[str]:
         else:
             cells += [_status(row), "", *([] if is_machine else ["", "", ""])]
         if is_machine:
-            fastest = row.seconds and case.probe and best_probe(rows, case.probe, case) is row
-            kind = "product" if case.probe == "matrix" else "copy"
-            cells += [case.owner, f"the machine's {kind} rate" if fastest else ""]
+            cells += [case.owner, _standing(row, rows)]
         else:
             cells += [row.check or "none", "; ".join(part for part in (case.owner, case.what, row.note) if part)]
         body.append(cells)
@@ -157,6 +155,16 @@ def _table(members: Sequence[Row], rows: Sequence[Row]) -> list[str]:
         return _markdown(["probe", "dtype", "ms", "rate", "by", ""], body)
     header = ["case", "dtype", "ms", "rate", "of matrix rate", "of copy rate", "ours / this", "check", "what"]
     return _markdown(header, body)
+
+
+def _standing(row: Row, rows: Sequence[Row]) -> str:
+    """What a probe is to the machine's rates."""
+    probe = row.case.probe
+    if probe == "convolution":
+        return f"{_fractions(row.of_matrix_rate)} of the product rate" if row.of_matrix_rate else ""
+    if not row.seconds or probe is None or best_probe(rows, probe, row.case) is not row:
+        return ""
+    return f"the machine's {'product' if probe == 'matrix' else 'copy'} rate"
 
 
 def _memory_table(members: Sequence[Row]) -> list[str]:

@@ -129,7 +129,7 @@ def best_probe(rows: Sequence[Row], probe: str, case: Case) -> Row | None:
     def fits(other: Case) -> bool:
         if other.probe != probe:
             return False
-        return other.dtype == case.dtype if probe == "matrix" else case.cores in {"all", other.cores}
+        return case.cores in {"all", other.cores} if probe == "copy" else other.dtype == case.dtype
 
     candidates = [row for row in rows if row.seconds and fits(row.case)]
     return max(candidates, key=lambda row: percentiles(row.rates)["p50"], default=None)

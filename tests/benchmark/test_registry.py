@@ -36,8 +36,8 @@ def test_cases_are_complete(name: str, setup: Setup):
 def test_timed_groups_measure_the_machine_too(name: str, setup: Setup):
     cases = GROUPS[name].cases(setup)
     kinds = {(case.probe, case.dtype) for case in cases if case.probe}
-    matrix = {("matrix", dtype) for dtype in setup.settings.dtypes} if name != "tokenizer" else set()
-    assert kinds == matrix | {("copy", None)}
+    dtypes = setup.settings.dtypes if name != "tokenizer" else ()
+    assert kinds == {(kind, dtype) for kind in ("matrix", "convolution") for dtype in dtypes} | {("copy", None)}
 
 
 def test_competitors_run_in_every_dtype_on_the_same_work(setup: Setup):
@@ -63,7 +63,7 @@ def test_every_case_is_right(name: str, setup: Setup):
             continue
         assert row.status == "measured", f"{case.label}: {row.check} {row.note}"
         assert ready is not None
-        assert row.check is not None or case.probe == "matrix"
+        assert row.check is not None or case.probe in {"matrix", "convolution"}
 
 
 def test_flops_of_the_published_model():
