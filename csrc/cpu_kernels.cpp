@@ -1,25 +1,30 @@
-// The element-wise halves of the local block and the reduction of global attention, for the CPU.
+// The local block and global attention, for the CPU: products and everything around them, a cacheful of rows at a time.
 //
-// The matrix products stay with PyTorch's libraries; these kernels do in one pass what would otherwise be four to
-// ten passes over memory. Each has a plain twin in proteinbert_fast/ops/reference.py, which defines it.
+// Each has a plain twin in proteinbert_fast/ops/reference.py, which defines it. The products are our own because a
+// row's bits must not depend on the shape of the batch, as they do in the matrix libraries, and because the rows
+// between proteins need not be computed.
 
 #include <dlfcn.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace py = pybind11;
-
-// The 64-byte vectors never cross the border of this file.
-#pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace {
 
@@ -29,97 +34,80 @@ constexpr int kMaxChannels = 4096;
 constexpr std::int64_t kTile = 256;  // rows of a protein whose attention sums are formed apart, then added in order
 
 template <class T>
-struct MergeConvolutions {
-    const T *x, *narrow, *wide;
+struct LocalBlock {
+    const T* x;                    // (rows, channels)
     const float* broadcast;        // (proteins, channels)
     const std::int32_t* segments;  // (rows,) protein of each row, -1 in gaps
-    const float *gamma, *beta;
-    T* out;
-    int channels;
-};
-
-template <class T>
-struct MergeDense {
-    const T *hidden, *dense;
-    const std::int32_t* segments;
-    const float *gamma, *beta;
-    T* out;
-    int channels;
+    const T *narrow_weight, *wide_weight, *dense_weight;  // (out, in, taps) twice, (out, in)
+    const float *narrow_bias, *wide_bias, *dense_bias;
+    const float *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;
+    T *hidden, *local;  // (rows, channels) after the first norm, or null; after the second
+    int channels, taps, wide_dilation;
 };
 
 template <class T>
 struct Attention {
-    const T* keys_values;  // (rows of the piece, heads * d_key + heads * d_value), before tanh and GELU
-    const float* query;    // (proteins, heads, d_key), after tanh
-    float* partials;       // (slots, heads, 1 + d_value): sum of e, sum of e * value
-    float* weights;        // (rows of the batch, heads) or null: e of each row
-    std::int64_t first_row;
-    int heads, d_key, d_value;
+    const T* local;                       // (rows, channels)
+    const T *key_weight, *value_weight;   // (heads * d_key, channels), (heads * d_value, channels)
+    const float* query;                   // (proteins, heads, d_key), after tanh
+    float* partials;                      // (slots, heads, 1 + d_value): sum of e, sum of e * value
+    float* weights;                       // (rows, heads) or null: e of each row
+    int channels, heads, d_key, d_value;
     float scale_log2;
 };
 
-struct TileRun {
-    std::int64_t row;  // within the piece
-    std::int64_t slot;
+// kTile rows of one protein, counted from its own first row.
+struct Tile {
+    std::int64_t row, slot;
     std::int32_t protein;
     int rows;
 };
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PBF_DISPATCH 1
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
-namespace avx512 {
-#include "cpu_kernels_body.h"
-}
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#include "cpu_kernels_body.h"
-}
-#pragma GCC pop_options
-#endif
-namespace baseline {
-#include "cpu_kernels_body.h"
-}
+// Neighbouring rows of a unit of work that are none of a gap.
+struct Run {
+    int first, rows;
+};
+using Runs = std::vector<Run>;
 
-enum class Isa { baseline, avx2, avx512 };
-constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
-
-Isa best_isa() {
-#ifdef PBF_DISPATCH
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return Isa::avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
-#endif
-    return Isa::baseline;
-}
-
-Isa isa = best_isa();
-
-void use_instruction_set(const std::string& name) {
-    for (int i = 0; i <= static_cast<int>(best_isa()); ++i)
-        if (name == kIsaNames[i]) {
-            isa = static_cast<Isa>(i);
-            return;
-        }
-    throw std::invalid_argument("instruction set '" + name + "' is not to be had here; the best is " +
-                                kIsaNames[static_cast<int>(best_isa())]);
-}
-
-#ifdef PBF_DISPATCH
-#define PBF_CALL(function, ...)                                        \
-    switch (isa) {                                                     \
-        case Isa::avx512: avx512::function(__VA_ARGS__); break;        \
-        case Isa::avx2: avx2::function(__VA_ARGS__); break;            \
-        case Isa::baseline: baseline::function(__VA_ARGS__); break;    \
+Runs runs_of(const std::int32_t* segments, int rows) {
+    Runs runs;
+    for (int r = 0; r < rows; ++r) {
+        if (segments[r] < 0) continue;
+        if (runs.empty() || runs.back().first + runs.back().rows < r) runs.push_back({r, 0});
+        ++runs.back().rows;
     }
-#else
-#define PBF_CALL(function, ...) baseline::function(__VA_ARGS__)
-#endif
+    return runs;
+}
+
+// A matrix product, or a convolution as one product per tap.
+template <class E>
+struct Product {
+    const E* weights;   // packed
+    const float* bias;  // (columns,) or null
+    int inputs, columns, taps, dilation, out_stride;
+};
+
+// Room that is aligned, grows, and is not cleared.
+template <class T>
+class Buffer {
+public:
+    T* room(std::int64_t values) {
+        if (values > size_) {
+            data_.reset(static_cast<T*>(::operator new(values * sizeof(T), kAlignment)));
+            size_ = values;
+        }
+        return data_.get();
+    }
+    const T* data() const { return data_.get(); }
+
+private:
+    static constexpr std::align_val_t kAlignment{64};
+    struct Free {
+        void operator()(T* p) const { ::operator delete(p, kAlignment); }
+    };
+    std::unique_ptr<T, Free> data_;
+    std::int64_t size_ = 0;
+};
 
 // Runs body(i) for i in [0, items) on the OpenMP threads that PyTorch already has. A pool of our own would fight with
 // that one: its threads spin for a while after each of PyTorch's operations. Without PyTorch's pool, one thread.
@@ -149,14 +137,86 @@ void parallel_for(std::int64_t items, int threads, const Body& body) {
         &shared, static_cast<unsigned>(threads), 0);
 }
 
-constexpr std::int64_t kRowsPerItem = 64;
-
-template <class Kernel>
-void over_rows(std::int64_t rows, int threads, const Kernel& kernel) {
-    parallel_for((rows + kRowsPerItem - 1) / kRowsPerItem, threads, [&](std::int64_t i) {
-        kernel(i * kRowsPerItem, std::min(rows, (i + 1) * kRowsPerItem));
-    });
+// Rows whose sums and states a thread keeps in its second-level cache; fewer when there would be too few for all threads.
+std::int64_t rows_per_unit(std::int64_t rows, int threads) {
+    const std::int64_t share = (rows + threads - 1) / std::max(threads, 1);
+    return std::clamp<std::int64_t>((share + 11) / 12 * 12, 48, 240);
 }
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define PBF_DISPATCH 1
+#define PBF_ROWS 12
+#define PBF_VECTORS 2
+#define PBF_BF16_DOT 1
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")
+namespace avx512_bf16 {
+#include "cpu_kernels_body.h"
+}
+#pragma GCC pop_options
+#undef PBF_BF16_DOT
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
+namespace avx512 {
+#include "cpu_kernels_body.h"
+}
+#pragma GCC pop_options
+#undef PBF_ROWS
+#undef PBF_VECTORS
+#define PBF_ROWS 6
+#define PBF_VECTORS 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#include "cpu_kernels_body.h"
+}
+#pragma GCC pop_options
+#undef PBF_ROWS
+#undef PBF_VECTORS
+#endif
+#define PBF_ROWS 3
+#define PBF_VECTORS 1
+namespace baseline {
+#include "cpu_kernels_body.h"
+}
+
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+Isa best_isa() {
+#ifdef PBF_DISPATCH
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+    return Isa::baseline;
+}
+
+Isa isa = best_isa();
+
+void use_instruction_set(const std::string& name) {
+    for (int i = 0; i <= static_cast<int>(best_isa()); ++i)
+        if (name == kIsaNames[i]) {
+            isa = static_cast<Isa>(i);
+            return;
+        }
+    throw std::invalid_argument("instruction set '" + name + "' is not to be had here; the best is " +
+                                kIsaNames[static_cast<int>(best_isa())]);
+}
+
+#ifdef PBF_DISPATCH
+#define PBF_CALL(function, ...)                                              \
+    switch (isa) {                                                           \
+        case Isa::avx512_bf16: avx512_bf16::function(__VA_ARGS__); break;    \
+        case Isa::avx512: avx512::function(__VA_ARGS__); break;              \
+        case Isa::avx2: avx2::function(__VA_ARGS__); break;                  \
+        case Isa::baseline: baseline::function(__VA_ARGS__); break;          \
+    }
+#else
+#define PBF_CALL(function, ...) baseline::function(__VA_ARGS__)
+#endif
 
 // Addresses come as integers from Tensor.data_ptr(): bfloat16 has no buffer format. ops/cpu.py checks every shape.
 template <class T>
@@ -179,66 +239,49 @@ void by_dtype(bool is_bf16, const Function& function) {
         function(float{});
 }
 
-void merge_convolutions(std::uintptr_t x, std::uintptr_t narrow, std::uintptr_t wide, std::uintptr_t broadcast,
-                        std::uintptr_t segments, std::uintptr_t gamma, std::uintptr_t beta, std::uintptr_t out,
-                        std::int64_t rows, int channels, bool is_bf16, int threads) {
+// Rows [first, last) of the batch; `hidden` may be 0.
+void local_block(std::uintptr_t x, std::uintptr_t broadcast, std::uintptr_t segments,
+                 const std::vector<std::uintptr_t>& weights, std::uintptr_t hidden, std::uintptr_t local,
+                 std::int64_t first, std::int64_t last, int channels, int taps, int wide_dilation, bool is_bf16,
+                 int threads) {
     check_channels("channels", channels);
+    if (weights.size() != 10) throw std::invalid_argument("a local block has 10 weights");
     by_dtype(is_bf16, [&](auto zero) {
         using T = decltype(zero);
-        const MergeConvolutions<T> a{at<const T>(x), at<const T>(narrow), at<const T>(wide), at<const float>(broadcast),
-                                     at<const std::int32_t>(segments), at<const float>(gamma), at<const float>(beta),
-                                     at<T>(out), channels};
-        over_rows(rows, threads, [&](std::int64_t first, std::int64_t last) {
-            PBF_CALL(merge_convolutions, a, first, last);
-        });
+        const auto& w = weights;
+        const LocalBlock<T> a{at<const T>(x),        at<const float>(broadcast), at<const std::int32_t>(segments),
+                              at<const T>(w[0]),     at<const T>(w[2]),          at<const T>(w[6]),
+                              at<const float>(w[1]), at<const float>(w[3]),      at<const float>(w[7]),
+                              at<const float>(w[4]), at<const float>(w[5]),      at<const float>(w[8]),
+                              at<const float>(w[9]), at<T>(hidden),              at<T>(local),
+                              channels,              taps,                       wide_dilation};
+        PBF_CALL(local_block, a, first, last, threads);
     });
 }
 
-void merge_dense(std::uintptr_t hidden, std::uintptr_t dense, std::uintptr_t segments, std::uintptr_t gamma,
-                 std::uintptr_t beta, std::uintptr_t out, std::int64_t rows, int channels, bool is_bf16, int threads) {
+// Sums over each tile of each protein; see attention_finish. `weights` may be 0.
+void attention(std::uintptr_t local, std::uintptr_t key_weight, std::uintptr_t value_weight, std::uintptr_t query,
+               std::uintptr_t starts, std::uintptr_t lengths, std::uintptr_t slots, std::int64_t proteins,
+               std::uintptr_t partials, std::uintptr_t weights, int channels, int heads, int d_key, int d_value,
+               bool is_bf16, int threads) {
     check_channels("channels", channels);
-    by_dtype(is_bf16, [&](auto zero) {
-        using T = decltype(zero);
-        const MergeDense<T> a{at<const T>(hidden), at<const T>(dense), at<const std::int32_t>(segments),
-                              at<const float>(gamma), at<const float>(beta), at<T>(out), channels};
-        over_rows(rows, threads,
-                  [&](std::int64_t first, std::int64_t last) { PBF_CALL(merge_dense, a, first, last); });
-    });
-}
-
-// Adds the rows [first_row, first_row + rows) of the batch to the partial sums of their proteins' tiles.
-void attention(std::uintptr_t keys_values, std::uintptr_t query, std::uintptr_t starts, std::uintptr_t lengths,
-               std::uintptr_t slots, std::int64_t proteins, std::uintptr_t partials, std::uintptr_t weights,
-               std::int64_t first_row, std::int64_t rows, int heads, int d_key, int d_value, bool is_bf16,
-               int threads) {
     check_channels("d_key", d_key);
     check_channels("d_value", d_value);
     by_dtype(is_bf16, [&](auto zero) {
         using T = decltype(zero);
-        const Attention<T> a{at<const T>(keys_values), at<const float>(query), at<float>(partials), at<float>(weights),
-                             first_row, heads, d_key, d_value,
+        const Attention<T> a{at<const T>(local), at<const T>(key_weight), at<const T>(value_weight),
+                             at<const float>(query), at<float>(partials), at<float>(weights),
+                             channels, heads, d_key, d_value,
                              1.4426950408889634f / std::sqrt(static_cast<float>(d_key))};
         const auto* start = at<const std::int64_t>(starts);
         const auto* length = at<const std::int64_t>(lengths);
         const auto* slot = at<const std::int64_t>(slots);
-        const std::int64_t end_row = first_row + rows;
-        std::vector<TileRun> runs;
-        // Starts ascend: the first protein that can reach into the piece is the last one that starts before it.
-        std::int64_t p = std::upper_bound(start, start + proteins, first_row) - start;
-        for (p = std::max<std::int64_t>(p - 1, 0); p < proteins && start[p] < end_row; ++p) {
-            std::int64_t row = std::max(start[p], first_row);
-            const std::int64_t end = std::min(start[p] + length[p], end_row);
-            while (row < end) {
-                const std::int64_t tile = (row - start[p]) / kTile;
-                const std::int64_t next = std::min(end, start[p] + (tile + 1) * kTile);
-                runs.push_back({row - first_row, slot[p] + tile, static_cast<std::int32_t>(p),
-                                static_cast<int>(next - row)});
-                row = next;
-            }
-        }
-        parallel_for(static_cast<std::int64_t>(runs.size()) * heads, threads, [&](std::int64_t i) {
-            PBF_CALL(attention_tile, a, runs[static_cast<std::size_t>(i / heads)], static_cast<int>(i % heads));
-        });
+        std::vector<Tile> tiles;
+        for (std::int64_t p = 0; p < proteins; ++p)
+            for (std::int64_t row = 0; row < length[p]; row += kTile)
+                tiles.push_back({start[p] + row, slot[p] + row / kTile, static_cast<std::int32_t>(p),
+                                 static_cast<int>(std::min(kTile, length[p] - row))});
+        PBF_CALL(attention, a, tiles, threads);
     });
 }
 
@@ -268,10 +311,9 @@ void attention_finish(std::uintptr_t partials, std::uintptr_t slots, std::int64_
 }  // namespace
 
 PYBIND11_MODULE(_cpu_kernels, m) {
-    m.doc() = "Fused element-wise passes and attention sums of the CPU back end; see ops/cpu.py.";
+    m.doc() = "The local block and global attention of the CPU back end; see ops/cpu.py.";
     m.attr("TILE") = kTile;
-    m.def("merge_convolutions", &merge_convolutions);
-    m.def("merge_dense", &merge_dense);
+    m.def("local_block", &local_block);
     m.def("attention", &attention);
     m.def("attention_finish", &attention_finish);
     m.def("instruction_set", [] { return kIsaNames[static_cast<int>(isa)]; }, "The one in use.");

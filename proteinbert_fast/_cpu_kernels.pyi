@@ -1,33 +1,24 @@
 TILE: int
 
-def merge_convolutions(
+def local_block(
     x: int,
-    narrow: int,
-    wide: int,
     broadcast: int,
     segments: int,
-    gamma: int,
-    beta: int,
-    out: int,
-    rows: int,
-    channels: int,
-    is_bf16: bool,
-    threads: int,
-) -> None: ...
-def merge_dense(
+    weights: list[int],
     hidden: int,
-    dense: int,
-    segments: int,
-    gamma: int,
-    beta: int,
-    out: int,
-    rows: int,
+    local: int,
+    first: int,
+    last: int,
     channels: int,
+    taps: int,
+    wide_dilation: int,
     is_bf16: bool,
     threads: int,
 ) -> None: ...
 def attention(
-    keys_values: int,
+    local: int,
+    key_weight: int,
+    value_weight: int,
     query: int,
     starts: int,
     lengths: int,
@@ -35,8 +26,7 @@ def attention(
     proteins: int,
     partials: int,
     weights: int,
-    first_row: int,
-    rows: int,
+    channels: int,
     heads: int,
     d_key: int,
     d_value: int,

@@ -103,8 +103,8 @@ class Report:
             f"{self.proteins['shortest']:,} to {self.proteins['longest']:,}. Random weights.",
             "",
             f"p20 / p50 / p80 of {self.settings.rounds} interleaved rounds. Fractions and ratios are formed within "
-            'rounds. The matrix and copy rates are the fastest product and copy of "the machine itself", measured in the same '
-            f"rounds. Work is {_flops(self.settings)} MFLOP per token of a protein, padding never counted.",
+            'rounds. The matrix and copy rates are the fastest product and copy of "the machine itself", measured in '
+            f"the same rounds. Work is {_flops(self.settings)} MFLOP per token of a protein, padding never counted.",
         ]
         for group, rows in self.groups:
             lines += ["", f"## {group.title}"]

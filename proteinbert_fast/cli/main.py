@@ -22,8 +22,7 @@ from proteinbert_fast.errors import ProteinBertError
 PROGRAM = "proteinbert-fast"
 DEBUG = "PROTEINBERT_FAST_DEBUG"
 
-# Name: module with add_parser(subparsers) and run(args), and a line of help. Only the command that is asked
-# for is
+# Name: module with add_parser(subparsers) and run(args), and a line of help. Only the command that is asked for is
 # imported, so that the others cost nothing.
 COMMANDS = {
     "embed": ("proteinbert_fast.cli.embed", "embed the proteins of FASTA files to an HDF5 file"),

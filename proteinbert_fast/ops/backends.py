@@ -64,7 +64,7 @@ CPU = Operations(
     cpu.local_block,
     cpu.global_attention,
     cpu.in_groups,
-    partial(cpu.in_groups, size=cpu.PIECE),
+    partial(cpu.in_groups, size=cpu.ROW_GROUP),
     # PyTorch computes the last few numbers of an array by another formula: one protein to an array.
     partial(cpu.in_groups, torch.sigmoid, size=1),
 )

@@ -1,16 +1,15 @@
-"""The model's operations on the CPU: fixed-size pieces through the matrix libraries, fused passes in between.
+"""The model's operations on the CPU: the local block and global attention as one pass each, see csrc/cpu_kernels.cpp.
 
-Rows run through the convolutions in pieces of PIECE rows and proteins through the global track in groups of GROUP, the
-last one filled up. A matrix library may choose another algorithm, and so other bits, for another shape; with one fixed
-shape, a row's result is the same wherever it lies and whatever else is in the batch. Pieces also stay in the cache.
-Small calls use pieces of SMALL_PIECE rows, on machines where those have been seen to give the same bits.
+A row's result does not depend on where it lies and what else is in the batch. Our kernels sum in one fixed order; what
+goes through a matrix library, the global track and the heads, does so in groups of a fixed number of rows, the last one
+filled up, because a library may choose another algorithm, and so other bits, for another shape.
 
 Gradients are those of the reference operations, recomputed block by block in the backward pass, so that training keeps
 one local state per block and nothing else.
 """
 
-from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +22,8 @@ from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.reference import Attended, LocalBlockWeights, LocalStates
 from proteinbert_fast.packing import PackedBatch
 
-PIECE = 2048
-SMALL_PIECE = 512
-GROUP = 32
+PROTEIN_GROUP = 16
+ROW_GROUP = 2048
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -43,7 +41,7 @@ def unsupported(config: ProteinBertConfig, dtype: torch.dtype) -> str | None:
     return None
 
 
-def in_groups(function: Callable[..., Tensor], *rows: Tensor, size: int = GROUP) -> Tensor:
+def in_groups(function: Callable[..., Tensor], *rows: Tensor, size: int = PROTEIN_GROUP) -> Tensor:
     """``function`` over groups of exactly ``size`` rows, the last one filled up with zeros; results joined.
 
     Args:
@@ -69,7 +67,7 @@ def local_block(
     wide_dilation: int,
     keep_hidden: bool = False,
 ) -> tuple[Tensor | None, Tensor]:
-    """``reference.local_block`` in two convolution calls, one product and two fused passes per piece.
+    """``reference.local_block`` in one pass.
 
     Args:
         x: (R, D) float32 or bfloat16, zeros in gap rows.
@@ -103,46 +101,25 @@ def _local_block(
     broadcast: Tensor,
     *parameters: Tensor,
 ) -> LocalStates:
-    w = LocalBlockWeights(*parameters)
     x = x.contiguous()
     channels, dtype = x.shape[1], x.dtype
-    narrow_weight, wide_weight = (
-        _convolution_weight(w.narrow_weight, dtype),
-        _convolution_weight(w.wide_weight, dtype),
-    )
-    narrow_bias, wide_bias = w.narrow_bias.to(dtype), w.wide_bias.to(dtype)
-    dense_weight, dense_bias = w.dense_weight.to(dtype), w.dense_bias.to(dtype)
+    w = LocalBlockWeights(*parameters)
     broadcast = broadcast.float().contiguous()
-    norm1 = w.norm1_weight.float().contiguous(), w.norm1_bias.float().contiguous()
-    norm2 = w.norm2_weight.float().contiguous(), w.norm2_bias.float().contiguous()
-    segments = batch.segments
-    near = narrow_weight.shape[-1] // 2
-    far = near * wide_dilation
-    is_bf16, threads = dtype == torch.bfloat16, torch.get_num_threads()
-    small = _small_pieces_agree(channels, narrow_weight.shape[-1], wide_dilation, dtype, threads)
-
+    # Products take their weights in the states' dtype; all that is added or scaled with stays float32.
+    factors = {"narrow_weight", "wide_weight", "dense_weight"}
+    weights = [
+        t.to(dtype if name in factors else torch.float32).contiguous() for name, t in zip(w._fields, w, strict=True)
+    ]
     local = torch.empty_like(x)
-    local[: batch.gap] = 0
-    hidden = torch.empty_like(x if keep_hidden else x[:0])
-    if keep_hidden:
-        hidden[: batch.gap] = 0
-    scratch = x.new_zeros(PIECE, channels)
-    for first, rows, size in _pieces(batch, small):
-        window = _window(x, first - far, size + 2 * far)
-        narrow = _convolution(window[far - near : size + far + near], narrow_weight, narrow_bias, 1)
-        wide = _convolution(window, wide_weight, wide_bias, wide_dilation)
-        merged = hidden[first : first + rows] if keep_hidden and rows == size else scratch[:size]
-        _cpu_kernels.merge_convolutions(
-            _row(window, far), _row(narrow), _row(wide), _row(broadcast), _row(segments, first),
-            _row(norm1[0]), _row(norm1[1]), _row(merged), rows, channels, is_bf16, threads,
-        )  # fmt: skip
-        if keep_hidden and rows < size:
-            hidden[first : first + rows] = merged[:rows]
-        dense = F.linear(merged, dense_weight, dense_bias)
-        _cpu_kernels.merge_dense(
-            _row(merged), _row(dense), _row(segments, first),
-            _row(norm2[0]), _row(norm2[1]), _row(local, first), rows, channels, is_bf16, threads,
-        )  # fmt: skip
+    hidden = torch.empty_like(x) if keep_hidden else x.new_empty(0)
+    for state in (hidden, local):
+        state[: batch.gap] = 0
+    _cpu_kernels.local_block(
+        x.data_ptr(), broadcast.data_ptr(), batch.segments.data_ptr(), [t.data_ptr() for t in weights],
+        hidden.data_ptr() if keep_hidden else 0, local.data_ptr(),
+        batch.gap, batch.n_rows, channels, w.narrow_weight.shape[-1], wide_dilation,
+        dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
     return LocalStates(hidden, local)
 
 
@@ -156,7 +133,7 @@ def global_attention(
     n_heads: int,
     return_weights: bool = False,
 ) -> Attended:
-    """``reference.global_attention`` with keys and values in one product per piece and one fused pass behind it.
+    """``reference.global_attention`` in one pass; keys and values are never stored.
 
     Sums run over tiles of each protein counted from its own first row, then over its tiles, always in order.
 
@@ -200,25 +177,21 @@ def _global_attention(
     d_key, d_value = len(key_weight) // n_heads, len(value_weight) // n_heads
     query_weight = query_weight.to(dtype)
     query = in_groups(lambda g: torch.tanh(F.linear(g, query_weight)), global_state.to(dtype)).float().contiguous()
-    keys_values_weight = torch.cat([key_weight, value_weight]).to(dtype)
+    key_weight, value_weight = key_weight.to(dtype).contiguous(), value_weight.to(dtype).contiguous()
     slots = torch.zeros(n_proteins + 1, dtype=torch.int64)
     torch.cumsum(-(-batch.lengths // _cpu_kernels.TILE), 0, out=slots[1:])
-    partials = torch.zeros(int(slots[-1]), n_heads, 1 + d_value)
+    partials = torch.empty(int(slots[-1]), n_heads, 1 + d_value)
     weights = torch.zeros(batch.n_rows if return_weights else 0, n_heads)
-    is_bf16, threads = dtype == torch.bfloat16, torch.get_num_threads()
-    keys_values = local.new_empty(SMALL_PIECE, len(keys_values_weight))
-    for first in range(batch.gap, batch.n_rows, SMALL_PIECE):
-        rows = min(SMALL_PIECE, batch.n_rows - first)
-        torch.mm(_window(local, first, SMALL_PIECE), keys_values_weight.t(), out=keys_values)
-        _cpu_kernels.attention(
-            _row(keys_values), _row(query), _row(batch.starts), _row(batch.lengths), _row(slots), n_proteins,
-            _row(partials), weights.data_ptr() if return_weights else 0,
-            first, rows, n_heads, d_key, d_value, is_bf16, threads,
-        )  # fmt: skip
+    _cpu_kernels.attention(
+        local.data_ptr(), key_weight.data_ptr(), value_weight.data_ptr(), query.data_ptr(),
+        batch.starts.data_ptr(), batch.lengths.data_ptr(), slots.data_ptr(), n_proteins,
+        partials.data_ptr(), weights.data_ptr() if return_weights else 0,
+        local.shape[1], n_heads, d_key, d_value, dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
     pooled = torch.empty(n_proteins, n_heads * d_value)
     denominators = torch.empty(n_proteins, n_heads)
     _cpu_kernels.attention_finish(
-        _row(partials), _row(slots), n_proteins, _row(pooled), _row(denominators), n_heads, d_value
+        partials.data_ptr(), slots.data_ptr(), n_proteins, pooled.data_ptr(), denominators.data_ptr(), n_heads, d_value
     )
     if return_weights:
         weights /= F.pad(denominators, (0, 0, 0, 1), value=1.0)[batch.segments]
@@ -266,63 +239,3 @@ def _recomputed(
 
 def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def _pieces(batch: PackedBatch, small: bool) -> Iterator[tuple[int, int, int]]:
-    """First row, rows in use and size of each piece; the gap before the first protein is in none."""
-    first = batch.gap
-    while left := batch.n_rows - first:
-        size = SMALL_PIECE if small and left <= PIECE - SMALL_PIECE else PIECE
-        yield first, min(size, left), size
-        first += min(size, left)
-
-
-@lru_cache
-def _small_pieces_agree(channels: int, taps: int, wide_dilation: int, dtype: torch.dtype, threads: int) -> bool:
-    """Whether this machine's libraries give a row the same bits in a small piece as in a large one."""
-    del threads  # part of the key: the libraries may split the work otherwise
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        torch.manual_seed(0)
-        reach = taps // 2 * wide_dilation
-        x = torch.randn(PIECE + 2 * reach, channels).to(dtype)
-        weight = _convolution_weight(torch.randn(channels, channels, taps), dtype)
-        dense_weight = torch.randn(channels, channels).to(dtype)
-        bias = torch.randn(channels).to(dtype)
-
-        def products(rows: Tensor) -> tuple[Tensor, ...]:
-            near = rows[reach - taps // 2 : len(rows) - reach + taps // 2]
-            narrow = _convolution(near, weight, bias, 1)
-            return (
-                narrow,
-                _convolution(rows, weight, bias, wide_dilation),
-                F.linear(narrow, dense_weight, bias),
-            )
-
-        large = products(x)
-        return all(
-            torch.equal(small, whole[first : first + SMALL_PIECE])
-            for first in range(0, PIECE, SMALL_PIECE)
-            for small, whole in zip(products(x[first : first + SMALL_PIECE + 2 * reach]), large, strict=True)
-        )
-
-
-def _window(x: Tensor, first: int, rows: int) -> Tensor:
-    """Rows [first, first + rows) of x, with zeros beyond its end."""
-    window = x[first : first + rows]
-    return window if len(window) == rows else F.pad(window, (0, 0, 0, rows - len(window)))
-
-
-def _convolution_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype).unsqueeze(2).contiguous(memory_format=torch.channels_last)
-
-
-def _convolution(rows: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
-    """The convolution of rows (n, D) where it needs no padding; a channels-last image of height 1 to the library."""
-    image = F.conv2d(rows[None, None].permute(0, 3, 1, 2), weight, bias, dilation=(1, dilation))
-    return image.permute(0, 2, 3, 1)[0, 0]
-
-
-def _row(x: Tensor, row: int = 0) -> int:
-    """Address of a row of a contiguous tensor."""
-    assert x.is_contiguous()
-    return x.data_ptr() + row * x.stride(0) * x.element_size()

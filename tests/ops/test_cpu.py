@@ -225,7 +225,7 @@ def test_number_of_threads_leaves_no_trace(dtype):
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
 def instruction_set(request):
     best = _cpu_kernels.instruction_set()
     try:
@@ -244,6 +244,23 @@ def test_every_instruction_set_equals_the_reference(instruction_set, dtype):
     test_numbers_that_are_none_stay_in_their_protein(float("nan"), dtype)
 
 
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_same_bits_in_every_tile(instruction_set, dtype):
+    """Register tiles of every height, units of work that end in a protein, panels of both widths."""
+    block, batch, x, broadcast, global_state = make(SIZES["odd"], [*range(30), 700])
+    x, broadcast, global_state, block = x.to(dtype), broadcast.to(dtype), global_state.to(dtype), block.to(dtype)
+    weights = (block.query.weight, block.key.weight, block.value.weight)
+    with torch.no_grad():
+        _, local = cpu.local_block(x, broadcast, batch, block.local_weights(), 5)
+        pooled = cpu.global_attention(local, global_state, batch, *weights, 2).pooled
+        for i in range(len(batch)):
+            rows = slice(int(batch.starts[i]) - batch.gap, int(batch.starts[i] + batch.lengths[i]) + batch.gap)
+            word, state = broadcast[i : i + 1], global_state[i : i + 1]
+            _, alone = cpu.local_block(x[rows], word, batch[i], block.local_weights(), 5)
+            assert torch.equal(alone, local[rows])
+            assert torch.equal(cpu.global_attention(alone, state, batch[i], *weights, 2).pooled[0], pooled[i])
+
+
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="instruction set 'mmx' is not to be had here; the best is"):
         _cpu_kernels.use_instruction_set("mmx")
@@ -255,4 +272,4 @@ def test_kernels_run_on_the_threads_of_torch():
 
 def test_sizes_that_do_not_fit_are_refused_by_the_kernels_too():
     with pytest.raises(ValueError, match="channels must be a multiple of 16 up to 4096, got 12"):
-        _cpu_kernels.merge_dense(0, 0, 0, 0, 0, 0, 0, 12, False, 1)
+        _cpu_kernels.local_block(0, 0, 0, [0] * 10, 0, 0, 0, 0, 12, 9, 5, False, 1)
