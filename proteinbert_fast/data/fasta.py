@@ -505,9 +505,9 @@ class _Parser:
         for magic, what in _OTHER_FORMATS:
             if begin.startswith(magic):
                 raise InputError(f"{self._file}: is {what}")
-        if b"\0" in begin[:4096]:
+        shown = begin[:30].split(b"\n")[0].decode("utf-8", "replace")
+        if b"\0" in begin[:4096] or not shown.isprintable() or "\ufffd" in shown[:-1]:
             raise InputError(f"{self._file}: is a binary file, not FASTA")
-        shown = begin[:30].split(b"\n")[0].decode("ascii", "backslashreplace")
         raise InputError(f"{self._file}:{line}: no FASTA header: a line with '>' must come before {shown!r}")
 
     def feed(self, lines: bytes) -> list[FastaRecord]:

@@ -198,6 +198,7 @@ def test_nul_in_a_header(tmp_path: Path) -> None:
     ("content", "says"),
     [
         (b"\x7fELF\x02\x01\x01\0\0\0\0", "is a binary file, not FASTA"),
+        (b"\xc5\x91\xfe\x07 no NUL in it", "is a binary file, not FASTA"),
         (b"BZh91AY&SY", "is bzip2-compressed: decompress it first"),
         (b"\xfd7zXZ\0\0\0", "is xz-compressed: decompress it first"),
         (b"PK\x03\x04abc", "is a zip archive: unpack it first"),
