@@ -3,6 +3,7 @@
 #   make embed        embed the proteins of examples/ (FASTA=my.fasta OUT=my.h5 for yours)
 #   make test         run the test suite                (PYTEST_ARGS="-k golden" for a part)
 #   make lint types   ruff; mypy
+#   make test-kernels compile-gate   the GPU kernels in Triton's interpreter; compiled for GPUs that are not here
 #   make wheel-test   build sdist and wheel, run the suite against the installed wheel
 #   make bench        speed and memory, beside others   (BENCH_ARGS="--quick" for a first look)
 #   make dev          the environment with every development tool
@@ -18,12 +19,13 @@ OUT ?= embeddings.h5
 MODEL ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+TRITONS ?= 3.9.0 3.6.0
 
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt proteinbert_fast/_version.py $(wildcard csrc/*)
 
-.PHONY: help embed test lint types wheel-test bench dev clean
+.PHONY: help embed test test-kernels compile-gate lint types wheel-test bench dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -85,6 +87,20 @@ embed: $(VENV)/.base
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Without a GPU, in Triton's interpreter, with the newest Triton and the oldest supported, each in a folder of its own.
+$(VENV)/triton-%: $(VENV)/.test
+	$(PIP_INSTALL) --quiet --no-deps --target $@ triton==$*
+
+test-kernels: $(TRITONS:%=test-kernels-%)
+
+test-kernels-%: $(VENV)/triton-%
+	TRITON_INTERPRET=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -p no:cacheprovider tests/kernels $(PYTEST_ARGS)
+
+compile-gate: $(TRITONS:%=compile-gate-%)
+
+compile-gate-%: $(VENV)/triton-%
+	PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.kernels.compile_gate
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

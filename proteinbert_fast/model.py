@@ -39,10 +39,7 @@ class AnnotationInput(nn.Module):
         """(B, G) from dense (B, N), sparse (indices, offsets), or no annotations."""
         if annotations is None:
             return reference.embed_annotations(None, self.weight, self.bias, n_proteins)
-        if isinstance(annotations, Tensor):
-            summed = operations.by_protein(lambda dense: reference.sum_annotations(dense, self.weight), annotations)
-        else:
-            summed = reference.sum_annotations(annotations, self.weight)
+        summed = operations.sum_annotations(annotations, self.weight)
         return operations.by_protein(lambda terms: reference.gelu(terms + self.bias), summed)
 
 
@@ -101,9 +98,7 @@ class Block(nn.Module):
         Returns:
             hidden local (R, D) or None, local (R, D), hidden global (B, G), global (B, G), attention (R, H) or None.
         """
-        broadcast = operations.by_protein(
-            lambda g: reference.broadcast_global(g, self.broadcast.weight, self.broadcast.bias), global_state
-        )
+        broadcast = operations.broadcast_global(global_state, *_weight_and_bias(self.broadcast))
         hidden_local, local = operations.local_block(
             local, broadcast, batch, self.local_weights(), self.wide_dilation, keep_hidden
         )
@@ -117,13 +112,7 @@ class Block(nn.Module):
             self.n_heads,
             return_attention,
         )
-        weights = self.global_weights()
-        both = operations.by_protein(
-            lambda g, pooled: torch.cat(reference.global_block(g, pooled, weights), dim=-1),
-            global_state,
-            attended.pooled,
-        )
-        hidden_global, global_state = both.chunk(2, dim=-1)
+        hidden_global, global_state = operations.global_block(global_state, attended.pooled, self.global_weights())
         return hidden_local, local, hidden_global, global_state, attended.weights
 
 
@@ -310,12 +299,12 @@ class ProteinBert(nn.Module):
             hidden_local=tuple(local_layers) if hidden_states else None,
             hidden_global=tuple(global_layers) if hidden_states else None,
             attentions=tuple(attention_layers) if attentions else None,
-            token_head=self._later(operations.by_row, self.token_head),
-            annotation_head=self._later(operations.by_protein, self.annotation_head),
+            token_head=self._later(operations.dense_by_row, self.token_head),
+            annotation_head=self._later(operations.dense_by_protein, self.annotation_head),
             sigmoid=operations.sigmoid,
         )
 
-    def _later(self, apply: Callable[..., Tensor], head: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def _later(self, apply: Callable[[nn.Linear, Tensor], Tensor], head: nn.Linear) -> Callable[[Tensor], Tensor]:
         """A head to be run when its result is first read, with gradients and autocast as they are now."""
         gradients, device = torch.is_grad_enabled(), head.weight.device.type
         autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

@@ -53,6 +53,7 @@ class PackedBatch:
         "_longest",
         "_n_residues",
         "_segments",
+        "_spans",
         "gap",
         "host_lengths",
         "host_starts",
@@ -71,6 +72,7 @@ class PackedBatch:
     host_lengths: Int64Array
     _longest: int  # an int of its own, because compiled code cannot read the arrays
     _segments: torch.Tensor | None
+    _spans: dict[int, tuple[torch.Tensor, torch.Tensor]]
     _n_residues: int | None
 
     def __init__(
@@ -115,6 +117,7 @@ class PackedBatch:
         self.host_lengths = _read_only(host_lengths)
         self._longest = int(host_lengths.max(initial=0))
         self._segments = None
+        self._spans = {}
         self._n_residues = None
 
     @classmethod
@@ -183,6 +186,22 @@ class PackedBatch:
                 self._segments = torch.repeat_interleave(proteins, rows, output_size=self.n_rows)
         return self._segments
 
+    def spans(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The proteins cut into spans of ``size`` rows, each counted from its own first row. Kept after the first time.
+
+        Returns:
+            int32 (S,): the protein of each span; B in those beyond the last, because S is only known to suffice.
+            int64 (B + 1,): the first span of each protein, and how many there are.
+        """
+        if size not in self._spans:
+            with torch.inference_mode(False):
+                first = torch.zeros(len(self) + 1, dtype=torch.int64, device=self.device)
+                torch.cumsum((self.lengths + size - 1) // size, 0, out=first[1:])
+                spans = torch.arange(self.n_tokens // size + len(self), device=self.device)
+                protein = torch.searchsorted(first[1:], spans, right=True, out_int32=True)
+                self._spans[size] = protein, first
+        return self._spans[size]
+
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "PackedBatch":
         """This batch on ``device``; itself when it is there already."""
         tokens = self.tokens.to(device, non_blocking=non_blocking)
@@ -210,7 +229,7 @@ class PackedBatch:
         batch.gap, batch.ids = self.gap, self.ids
         batch.host_starts, batch.host_lengths = self.host_starts, self.host_lengths
         batch._longest = self._longest
-        batch._segments, batch._n_residues = None, self._n_residues
+        batch._segments, batch._spans, batch._n_residues = None, {}, self._n_residues
         return batch
 
     def __getitem__(self, index: int | slice | Sequence[int] | npt.NDArray[Any] | torch.Tensor) -> "PackedBatch":

@@ -35,12 +35,12 @@ def annotations_of(case: str, golden: dict[str, np.ndarray]) -> torch.Tensor:
 
 def check_forward(model: ProteinBert, golden: dict[str, np.ndarray], case: str) -> None:
     """Hidden states, probabilities and attention of one case, within the tolerance of the model's dtype."""
-    dtype = model.token_embedding.weight.dtype
+    dtype, device = model.token_embedding.weight.dtype, model.token_embedding.weight.device
     tolerance = TOLERANCE[dtype]
     with torch.no_grad():
         out = model(
-            as_tensor(golden[f"{case}_tokens"]),
-            annotations_of(case, golden),
+            as_tensor(golden[f"{case}_tokens"]).to(device),
+            annotations_of(case, golden).to(device),
             hidden_states=True,
             attentions=True,
         )
@@ -53,7 +53,7 @@ def check_forward(model: ProteinBert, golden: dict[str, np.ndarray], case: str) 
         (out.go_probabilities, global_[:, -n_annotations:], "probabilities"),
         (torch.stack(out.attentions), as_tensor(golden[f"{case}_attention"]), "attention"),
     ]:
-        torch.testing.assert_close(ours.double(), theirs.double(), atol=tolerance[kind], rtol=1e-6)
+        torch.testing.assert_close(ours.cpu().double(), theirs.double(), atol=tolerance[kind], rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", ["pad", *UNPADDED])

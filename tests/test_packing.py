@@ -465,3 +465,14 @@ def test_waste_of_a_batch_of_one_giant_and_a_thousand_short_proteins():
     lengths = [34_350, *(300 + i % 100 for i in range(1000))]
     batch = Tokenizer()(["M" * n for n in lengths])
     assert batch.n_tokens > 0.9 * batch.n_rows
+
+
+@pytest.mark.parametrize("residues", [[], [0], [510, 511, 0, 1022, 1023, 3]])
+def test_spans_cut_each_protein_from_its_own_first_row(residues):
+    batch = Tokenizer()(["M" * n for n in residues])
+    protein, first = batch.spans(512)
+    expected = [i for i, n in enumerate(residues) for _ in range(-(-(n + 2) // 512))]
+    assert protein.tolist()[: len(expected)] == expected
+    assert all(p == len(batch) for p in protein.tolist()[len(expected) :])
+    assert first.diff().tolist() == [expected.count(i) for i in range(len(batch))]
+    assert batch.spans(512)[0] is protein

@@ -10,7 +10,6 @@ one local state per block and nothing else.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,8 @@ from torch import Tensor
 from proteinbert_fast import _cpu_kernels
 from proteinbert_fast.config import ProteinBertConfig
 from proteinbert_fast.ops import reference
-from proteinbert_fast.ops.reference import Attended, LocalBlockWeights, LocalStates
+from proteinbert_fast.ops.recompute import recomputed
+from proteinbert_fast.ops.reference import Attended, GlobalBlockWeights, GlobalStates, LocalBlockWeights, LocalStates
 from proteinbert_fast.packing import PackedBatch
 
 PROTEIN_GROUP = 16
@@ -86,10 +86,7 @@ def local_block(
     def plain(x: Tensor, broadcast: Tensor, *weights: Tensor) -> LocalStates:
         return reference.local_block(x, broadcast, segments, LocalBlockWeights(*weights), wide_dilation)
 
-    if _needs_gradient(x, broadcast, *weights):
-        hidden, local = _recomputed(fast, plain, x, broadcast, *weights)
-    else:
-        hidden, local = fast(x, broadcast, *weights)
+    hidden, local = recomputed(fast, plain, x, broadcast, *weights)
     return (hidden if keep_hidden else None), local
 
 
@@ -158,7 +155,7 @@ def global_attention(
         return attended.pooled, local.new_empty(0) if attended.weights is None else attended.weights
 
     tensors = (local, global_state, query_weight, key_weight, value_weight)
-    pooled, weights = _recomputed(fast, plain, *tensors) if _needs_gradient(*tensors) else fast(*tensors)
+    pooled, weights = recomputed(fast, plain, *tensors)
     return Attended(pooled, weights if return_weights else None)
 
 
@@ -198,44 +195,19 @@ def _global_attention(
     return pooled.to(dtype), weights
 
 
-class _Recomputed(torch.autograd.Function):
-    """``fast(*tensors)`` forward; backward through ``plain(*tensors)``, the same and differentiable."""
-
-    @staticmethod
-    def forward(ctx: Any, fast: Callable[..., Any], plain: Callable[..., Any], *tensors: Tensor) -> Any:
-        ctx.plain = plain
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        return tuple(fast(*tensors))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        inputs = [
-            t.detach().requires_grad_(needed)
-            for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
-        ]
-        compute_dtype = inputs[0].dtype
-        with (
-            torch.enable_grad(),
-            torch.autocast("cpu", compute_dtype, enabled=compute_dtype != torch.float32),
-        ):
-            outputs = ctx.plain(*inputs)
-        used = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
-        wanted = [t for t in inputs if t.requires_grad]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in used], wanted, [g.to(o.dtype).view_as(o) for o, g in used], allow_unused=True
-            )
-        )
-        return None, None, *(next(found) if t.requires_grad else None for t in inputs)
+def global_block(global_state: Tensor, pooled: Tensor, weights: GlobalBlockWeights) -> GlobalStates:
+    """``reference.global_block`` in groups."""
+    both = in_groups(lambda g, p: torch.cat(reference.global_block(g, p, weights), dim=-1), global_state, pooled)
+    return GlobalStates(*both.chunk(2, dim=-1))
 
 
-def _recomputed(
-    fast: Callable[..., tuple[Tensor, ...]], plain: Callable[..., tuple[Tensor, ...]], *tensors: Tensor
-) -> tuple[Tensor, ...]:
-    results: tuple[Tensor, ...] = _Recomputed.apply(fast, plain, *tensors)  # type: ignore[no-untyped-call]
-    return results
+def broadcast_global(global_state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``reference.broadcast_global`` in groups."""
+    return in_groups(lambda g: reference.broadcast_global(g, weight, bias), global_state)
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def sum_annotations(annotations: Tensor | tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
+    """``reference.sum_annotations``, dense ones in groups."""
+    if isinstance(annotations, Tensor):
+        return in_groups(lambda dense: reference.sum_annotations(dense, weight), annotations)
+    return reference.sum_annotations(annotations, weight)

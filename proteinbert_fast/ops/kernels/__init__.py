@@ -1,0 +1,38 @@
+"""Triton kernels, one file per operation: kernel, operator, public function. Needs triton; imported when first used."""
+
+import torch
+
+from proteinbert_fast.config import ProteinBertConfig
+from proteinbert_fast.ops.kernels.global_attention import global_attention
+from proteinbert_fast.ops.kernels.global_track import global_block
+from proteinbert_fast.ops.kernels.launching import DTYPES, is_interpreted
+from proteinbert_fast.ops.kernels.linear import broadcast_global, dense, sum_annotations
+from proteinbert_fast.ops.kernels.local_block import CHANNELS, local_block
+
+__all__ = [
+    "broadcast_global",
+    "dense",
+    "global_attention",
+    "global_block",
+    "local_block",
+    "sum_annotations",
+    "unsupported",
+]
+
+
+def unsupported(device: torch.device, config: ProteinBertConfig, dtype: torch.dtype) -> str | None:
+    """Why these kernels cannot run a model of these sizes in this dtype on this device, or None when they can."""
+    if device.type != "cuda" and not is_interpreted():
+        return f"the device is {device.type}, not a CUDA GPU"
+    if dtype not in DTYPES:
+        return f"the dtype is {str(dtype).removeprefix('torch.')}, not float32, bfloat16 or float16"
+    if config.d_local not in CHANNELS:
+        return f"d_local is {config.d_local}, not one of {', '.join(map(str, CHANNELS))}"
+    for name, size, most in (
+        ("d_global", config.d_global, 1024),
+        ("d_key", config.d_key, 128),
+        ("d_value", config.d_value, 256),
+    ):
+        if size > most or size % 16:
+            return f"{name} is {size}, not a multiple of 16 up to {most}"
+    return None

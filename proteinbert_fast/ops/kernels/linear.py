@@ -1,0 +1,120 @@
+"""Linear layers whose rows have the same bits in any batch: tiles of one shape, sums in one order."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from proteinbert_fast.ops import reference
+from proteinbert_fast.ops.kernels.activations import activate
+from proteinbert_fast.ops.kernels.launching import product_precision
+from proteinbert_fast.ops.recompute import recomputed
+
+_ROWS = 16  # as few as the matrix units take: most calls have a row per protein
+_COLUMNS = 64
+_INPUTS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "gelu": reference.gelu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+@triton.jit
+def linear_kernel(
+    X, W, BIAS, OUT, n_rows, n_inputs, n_columns,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of OUT (rows, columns) = activation(X @ W^T + BIAS); W is (columns, inputs)."""
+    rows = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    columns = tl.program_id(1) * N + tl.arange(0, N)
+    inputs = tl.arange(0, CHUNK)
+    in_rows = (rows < n_rows)[:, None]
+    in_columns = columns < n_columns
+    total = tl.zeros((M, N), tl.float32)
+    if HAS_BIAS:
+        total += tl.load(BIAS + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    for first in range(0, n_inputs, CHUNK):
+        k = first + inputs
+        in_inputs = (k < n_inputs)[None, :]
+        x = tl.load(X + rows[:, None] * n_inputs + k[None, :], mask=in_rows & in_inputs, other=0.0)
+        w_at = W + columns.to(tl.int64)[:, None] * n_inputs + k[None, :]
+        w = tl.load(w_at, mask=in_columns[:, None] & in_inputs, other=0.0)
+        total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
+    out = activate(total, ACTIVATION).to(OUT.dtype.element_ty)
+    tl.store(OUT + rows[:, None] * n_columns + columns[None, :], out, mask=in_rows & in_columns[None, :])
+
+
+@torch.library.custom_op("proteinbert_fast::linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype) -> Tensor:
+    x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
+    out = torch.empty(len(x), len(weight), dtype=out_dtype, device=x.device)
+    if len(x):
+        linear_kernel[(triton.cdiv(len(x), _ROWS), triton.cdiv(len(weight), _COLUMNS))](
+            x, weight, x if bias is None else bias, out, len(x), x.shape[1], len(weight),
+            HAS_BIAS=bias is not None, ACTIVATION=activation, M=_ROWS, N=_COLUMNS, CHUNK=_INPUTS[x.dtype],
+            PRECISION=product_precision(x.dtype), num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return out
+
+
+@_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype) -> Tensor:
+    return x.new_empty(len(x), len(weight), dtype=out_dtype)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``activation(x @ weight.T + bias)``, summed in float32.
+
+    Args:
+        x: (M, K).
+        weight: (N, K), taken in the dtype of ``x``.
+        bias: (N,).
+        activation: "none", "gelu", "tanh" or "sigmoid".
+        out_dtype: of the result; that of ``x`` when None.
+    """
+    if activation not in _PLAIN:
+        raise ValueError(f"activation {activation!r} is unknown; choose one of {', '.join(_PLAIN)}")
+    out_dtype = out_dtype or x.dtype
+
+    def fast(x: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor]:
+        return (_linear(x, weight, bias[0] if bias else None, activation, out_dtype),)
+
+    def plain(x: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor]:
+        return (_PLAIN[activation](F.linear(x, weight, *bias)).to(out_dtype),)
+
+    return recomputed(fast, plain, x, weight, *([] if bias is None else [bias]))[0]
+
+
+def dense(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer, in its dtype or that of autocast."""
+    return linear(x.to(_compute_dtype(x, layer.weight)), layer.weight, layer.bias)
+
+
+def broadcast_global(global_state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``reference.broadcast_global``: (B, D) of (B, G)."""
+    return linear(global_state.to(_compute_dtype(global_state, weight)), weight, bias, "gelu")
+
+
+def sum_annotations(annotations: Tensor | tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
+    """``reference.sum_annotations``: sparse ones are added up term by term, dense ones multiplied. (B, G)."""
+    if isinstance(annotations, Tensor):
+        dtype = _compute_dtype(annotations, weight)
+        return linear(annotations.to(dtype), weight.t())
+    return reference.sum_annotations(annotations, weight)
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -1,0 +1,236 @@
+"""Compiles every shipped kernel configuration for GPUs that are not here, and holds the machine code to budgets.
+
+    make compile-gate
+
+What a budget guards: registers spilled to memory (LDL), shared memory beyond the chip's, products that lost the
+matrix units or, on Hopper, lost wgmma or had it serialised, and a compiler fault that leaves 32 registers. Each
+configuration is compiled in a process of its own with an empty cache: a compiler assertion ends the process.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SHARED_MEMORY = {75: 64, 80: 163, 90: 227, 100: 227}  # KB that one program may use
+CAPABILITIES = tuple(SHARED_MEMORY)
+NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What machine code may use.
+
+    Attributes:
+        local_loads: instructions that read spilled registers.
+        matrix: instructions of the matrix units there must be; 0 where float32 is computed exactly, without them.
+    """
+
+    local_loads: int = 0
+    matrix: int = 1
+
+
+# Kernel, capability, dtype, d_local: what differs from no spills at all and matrix units in use. Measured with both
+# supported versions of Triton; the larger count and a little room.
+BUDGETS: dict[tuple[str, int, str, int], Budget] = {
+    ("local_block", 80, "bfloat16", 128): Budget(local_loads=4),
+    ("local_block", 80, "bfloat16", 256): Budget(local_loads=64),
+    ("local_block", 80, "float16", 128): Budget(local_loads=4),
+}
+for _capability in CAPABILITIES:
+    BUDGETS["global_track", _capability, "float32", 128] = Budget(local_loads=140, matrix=0)
+    BUDGETS["local_block", _capability, "float32", 256] = Budget(local_loads=8, matrix=0)
+# Triton computes products on Turing without its matrix units: kernels run there, slowly.
+for _kernel in ("local_block", "global_attention", "global_track", "linear", "weights"):
+    BUDGETS[_kernel, 75, "float16", 128] = Budget(local_loads=140, matrix=0)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kernel as it is launched on one kind of GPU."""
+
+    kernel: str
+    capability: int
+    dtype: str
+    d_local: int
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return f"sm_{self.capability} {self.kernel} {self.dtype} d_local {self.d_local}"
+
+    @property
+    def budget(self) -> Budget:
+        default = Budget(matrix=0 if self.dtype == "float32" or self.kernel == "add_spans" else 1)
+        return BUDGETS.get((self.kernel, self.capability, self.dtype, self.d_local), default)
+
+
+def targets() -> list[Target]:
+    """Every kernel, dtype and width on Ampere and Hopper; on others, what may differ there."""
+    found = []
+    for capability in CAPABILITIES:
+        half = "float16" if capability < 80 else "bfloat16"
+        widths = {half: (128,) if capability < 80 else (32, 64, 128, 256), "float32": (128, 256)}
+        if capability in {80, 90}:
+            widths["float16"] = (128,)
+        for dtype, sizes in widths.items():
+            for d_local in sizes:
+                found.append(Target("local_block", capability, dtype, d_local))
+                found.append(Target("global_attention", capability, dtype, d_local))
+        for dtype in (half, "float32"):
+            found += [Target(name, capability, dtype, 128) for name in ("weights", "global_track", "linear")]
+        found.append(Target("add_spans", capability, half, 128))
+    return found
+
+
+def compile_here(target: Target) -> dict[str, Any]:
+    """Counts of the machine code of a target. Runs in a process of its own."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from proteinbert_fast.ops.kernels import global_attention, global_track, linear, local_block  # noqa: F401
+
+    modules = {name: sys.modules[f"proteinbert_fast.ops.kernels.{name}"] for name in (
+        "global_attention", "global_track", "linear", "local_block")}  # fmt: skip
+    dtype, name = getattr(torch, target.dtype), NAMES[target.dtype]
+    d, capability = target.d_local, target.capability
+    types: dict[str, str] = {}
+    heads = {"D": d, "H": 4, "K": 64, "K_PADDED": 64, "SCALE": 0.18, "PRECISION": "ieee"}
+    if target.kernel == "local_block":
+        kernel = modules["local_block"].local_block_kernel
+        c = modules["local_block"].configuration(capability, d, dtype)._replace(**target.changes)
+        chunk = min(c.chunk, d)
+        types = {"SEGMENTS": "*i32", "first": "i32", "n_rows": "i32"}
+        if c.descriptors:
+            types |= {"X_TILES": f"tensordesc<{name}[{c.rows},{chunk}]>", "W_TILES": f"tensordesc<{name}[{chunk},{d}]>",
+                      "LOCAL_TILES": f"tensordesc<{name}[{c.rows},{d}]>"}  # fmt: skip
+        constants = {"D": d, "TAPS": 9, "DILATION": 5, "M": c.rows, "CHUNK": chunk, "STAGES": c.stages,
+                     "DESCRIPTORS": c.descriptors, "PRECISION": "ieee", "KEEP_HIDDEN": False, "EPSILON": 1e-3,
+                     "CHUNKED_DENSE": c.chunked_dense, "KEPT": target.dtype != "float32"}  # fmt: skip
+        warps, stages = c.warps, c.stages
+    elif target.kernel in {"global_attention", "weights", "add_spans"}:
+        module = modules["global_attention"]
+        c = module.configuration(capability, d, dtype)._replace(**target.changes)
+        warps, stages = c.warps, c.stages
+        types = {"QUERY": "*fp32", "STARTS": "*i64", "LENGTHS": "*i64", "SPAN_PROTEIN": "*i32", "FIRST_SPAN": "*i64",
+                 "SUMS": "*fp32", "n_proteins": "i32", "DENOMINATOR": "*fp32", "SEGMENTS": "*i32",
+                 "n_rows": "i32"}  # fmt: skip
+        values = {"V": 128, "V_PADDED": 128}
+        if target.kernel == "global_attention":
+            kernel = module.span_sums_kernel
+            constants = heads | values | {"SPAN": module.SPAN, "M": c.rows, "STAGES": c.stages, "CHUNK": c.chunk}
+        elif target.kernel == "weights":
+            kernel, constants = module.weights_kernel, heads | {"M": c.rows}
+        else:
+            kernel, constants, warps = module.add_spans_kernel, {"H": 4, "AT_ONCE": 32} | values, 4
+    elif target.kernel == "global_track":
+        kernel = modules["global_track"].global_track_kernel
+        types = {"n_rows": "i32", "G": "i32"}
+        constants = {"G_PADDED": 512, "M": 16, "CHUNK": modules["global_track"]._INPUTS, "PRECISION": "ieee",
+                     "EPSILON": 1e-3}  # fmt: skip
+        warps, stages = 8, 3
+    else:
+        kernel = modules["linear"].linear_kernel
+        types = {"n_rows": "i32", "n_inputs": "i32", "n_columns": "i32"}
+        chunk = modules["linear"]._INPUTS[dtype]
+        constants = {"HAS_BIAS": True, "ACTIVATION": "gelu", "M": 16, "N": 64, "CHUNK": chunk, "PRECISION": "ieee"}
+        warps, stages = 4, 3
+    signature = {n: "constexpr" if n in constants else types.get(n, f"*{name}") for n in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps, "num_stages": stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return counts(compiled.asm["cubin"]) | {"shared_memory": compiled.metadata.shared, "triton": triton.__version__}
+
+
+def counts(cubin: bytes) -> dict[str, int]:
+    """Of instructions and registers in a compiled kernel."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = _run(tools / "nvdisasm", "-c", file.name)
+        usage = _run(tools / "cuobjdump", "-res-usage", file.name)
+    instruction = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Za-z0-9_.]*)")
+    found = [m[1] for line in listing.splitlines() if (m := instruction.match(line))]
+
+    def of(*prefixes: str) -> int:
+        return sum(name.startswith(prefixes) for name in found)
+
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers, usage
+    return {
+        "registers": int(registers[1]),
+        "local_loads": of("LDL"),
+        "wgmma": of("HGMMA"),
+        "matrix": of("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA"),
+        "warpgroup": of("WARPGROUP"),
+        "instructions": len(found),
+    }
+
+
+def _run(*command: object) -> str:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+
+
+def faults(target: Target, found: dict[str, Any]) -> list[str]:
+    """What is over a target's budget, a line each."""
+    budget, limit = target.budget, SHARED_MEMORY[target.capability] * 1024
+    lines = []
+    if found["shared_memory"] > limit:
+        lines.append(f"{found['shared_memory']:,} bytes of shared memory, the chip has {limit:,}")
+    if found["local_loads"] > budget.local_loads:
+        lines.append(f"{found['local_loads']} loads of spilled registers, {budget.local_loads} allowed")
+    if found["matrix"] < budget.matrix:
+        lines.append("no instruction of the matrix units")
+    if found["registers"] == 32 and found["local_loads"]:
+        lines.append("32 registers and spills: a known fault of the compiler")
+    if target.capability == 90 and target.kernel == "local_block" and budget.matrix:
+        if not found["wgmma"]:
+            lines.append("wgmma was lost")
+        elif found["warpgroup"] > found["wgmma"] + 4:
+            lines.append(f"wgmma is serialised: {found['warpgroup']} fences for {found['wgmma']} products")
+    return lines
+
+
+def compile_apart(target: Target) -> dict[str, Any]:
+    """As `compile_here`, in a process of its own with an empty cache; {"crashed": why} if that ended badly."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"TRITON_CACHE_DIR": cache, "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_INTERPRET": "0"}
+        command = [sys.executable, "-m", "tests.kernels.compile_gate", json.dumps(asdict(target))]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        return {"crashed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments:
+        print(json.dumps(compile_here(Target(**json.loads(arguments[0])))))
+        return 0
+    bad = 0
+    wanted = targets()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for target, found in zip(wanted, pool.map(compile_apart, wanted), strict=True):
+            lines = [found["crashed"]] if "crashed" in found else faults(target, found)
+            bad += bool(lines)
+            shown = ", ".join(f"{name} {value}" for name, value in found.items() if name != "crashed")
+            print(f"{'FAIL' if lines else 'ok  '} {target.label:48s} {shown}", *lines, sep="\n     ! ", flush=True)
+    print(f"{len(wanted) - bad} of {len(wanted)} configurations within their budgets")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

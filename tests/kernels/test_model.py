@@ -1,0 +1,119 @@
+"""The whole model on the Triton kernels: golden numbers, same bits, compiled, refused where it cannot run."""
+
+import pytest
+import torch
+
+from proteinbert_fast import ProteinBert, ProteinBertConfig, Tokenizer
+from proteinbert_fast.errors import BackendError
+from tests.test_golden import UNPADDED, check_forward
+
+SMALL = ProteinBertConfig(n_annotations=30, d_local=32, d_global=64, n_blocks=2, n_heads=4, d_key=16)
+SEQUENCES = ["MKTAYIAKQRQISFVKSHFSRQ", "M", "", "ACDEFGHIKLMNPQRSTVWY" * 20]
+
+
+@pytest.fixture
+def model(device) -> ProteinBert:
+    torch.manual_seed(0)
+    return ProteinBert(SMALL, backend="triton").to(device).eval()
+
+
+def everything(out, i: int) -> list[torch.Tensor]:
+    rows = slice(int(out.batch.host_starts[i]), int(out.batch.host_starts[i] + out.batch.host_lengths[i]))
+    packed = [*out.hidden_local, *out.attentions, out.token_logits]
+    found = [r[rows] for r in packed] + [g[i] for g in (*out.hidden_global, out.go_logits, out.residue_mean())]
+    if out.local_rows.is_cuda:  # on CPUs, PyTorch computes the last few numbers of an array by another formula
+        found += [out.token_probabilities[rows], out.go_probabilities[i]]
+    return found
+
+
+def run(model: ProteinBert, sequences, annotations=None):
+    device = model.token_embedding.weight.device
+    with torch.inference_mode():
+        return model(Tokenizer()(sequences).to(device), annotations, hidden_states=True, attentions=True)
+
+
+def test_equals_the_reference(model, device):
+    annotations = torch.zeros(4, 30, device=device)
+    annotations[0, 3] = annotations[0, 5] = annotations[3, 29] = 1
+    terms = (torch.tensor([3, 5, 29], device=device), torch.tensor([0, 2, 2, 2], device=device))
+    exact = ProteinBert(SMALL, backend="reference").to(device, torch.float64).eval()
+    exact.load_state_dict(model.state_dict())
+    right = run(exact, SEQUENCES, annotations.double())
+    for given in (annotations, terms):
+        out = run(model, SEQUENCES, given)
+        for i in range(4):
+            for a, b in zip(everything(out, i), everything(right, i), strict=True):
+                torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("case", ["pad", *UNPADDED])
+def test_golden(tiny_model, golden, case, device):
+    tiny_model.backend = "triton"
+    check_forward(tiny_model.to(device), golden, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_same_bits(model, dtype):
+    model = model.to(dtype)
+    together = run(model, SEQUENCES)
+    backwards = run(model, SEQUENCES[::-1])
+    for i, sequence in enumerate(SEQUENCES):
+        numbers = everything(together, i)
+        for other in (everything(run(model, [sequence]), 0), everything(backwards, len(SEQUENCES) - 1 - i)):
+            assert all(torch.equal(a, b) for a, b in zip(numbers, other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(model, device, dtype):
+    batch = Tokenizer()(SEQUENCES).to(device)
+    with torch.inference_mode():
+        exact = model(batch)
+        with torch.autocast(device.type, dtype):
+            out = model(batch)
+    assert out.local_rows.dtype == dtype
+    torch.testing.assert_close(out.local_rows.float(), exact.local_rows, atol=0.2, rtol=0.1)
+    torch.testing.assert_close(out.go_probabilities.float(), exact.go_probabilities, atol=0.05, rtol=0.1)
+
+
+def test_compiles_as_one_graph(model, device):
+    batch = Tokenizer()(SEQUENCES).to(device)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        a, b = model(batch), compiled(batch)
+    assert torch.equal(a.local_rows, b.local_rows)
+    assert torch.equal(a.global_state, b.global_state)
+
+
+def test_trains(model, device):
+    batch = Tokenizer()(SEQUENCES).to(device)
+    out = model.train()(batch)
+    (out.token_logits.square().mean() + out.go_logits.square().mean()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.backend = "reference"
+    model.zero_grad(set_to_none=True)
+    out = model(batch)
+    (out.token_logits.square().mean() + out.go_logits.square().mean()).backward()
+    for name, p in model.named_parameters():
+        if p.grad is None:
+            assert gradients[name] is None, name
+        else:
+            # Both are float32: each is off by a few 1e-5 of the largest.
+            size = p.grad.abs().max().clamp(min=1e-12)
+            torch.testing.assert_close(gradients[name] / size, p.grad / size, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"d_local": 48}, "d_local is 48, not one of 32, 64, 128, 256"),
+        ({"d_global": 2048}, "d_global is 2048, not a multiple of 16 up to 1024"),
+        ({"d_key": 144}, "d_key is 144, not a multiple of 16 up to 128"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, message, device):
+    config = ProteinBertConfig(**{**SMALL.to_dict(), **sizes})
+    model = ProteinBert(config, backend="triton").to(device)
+    with pytest.raises(BackendError, match=message):
+        model(Tokenizer()(["MK"]).to(device))
+    with pytest.raises(BackendError, match="the dtype is float64"):
+        ProteinBert(SMALL, backend="triton").double().to(device)(Tokenizer()(["MK"]).to(device))
