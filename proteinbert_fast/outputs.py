@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from proteinbert_fast.errors import InputError
-from proteinbert_fast.ops import reference
 from proteinbert_fast.packing import PackedBatch
 
 
@@ -37,6 +36,18 @@ class ByProtein(Sequence[Tensor]):
         return iter(self.batch.unpack(self.rows))
 
 
+class Head(NamedTuple):
+    """An output head, run when its result is first read.
+
+    Attributes:
+        logits: of states.
+        probabilities: of states, in one step; None where they are made of the logits.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    probabilities: Callable[[Tensor], Tensor] | None
+
+
 class ProteinBertOutput:
     """The model's answer to a PackedBatch of B proteins in R rows.
 
@@ -58,8 +69,10 @@ class ProteinBertOutput:
         hidden_local: tuple[Tensor, ...] | None,
         hidden_global: tuple[Tensor, ...] | None,
         attentions: tuple[Tensor, ...] | None,
-        token_head: Callable[[Tensor], Tensor],
-        annotation_head: Callable[[Tensor], Tensor],
+        local_mean: Tensor | None,
+        residue_mean: Callable[[Tensor, PackedBatch], Tensor],
+        token_head: Head,
+        annotation_head: Head,
         sigmoid: Callable[[Tensor], Tensor],
     ) -> None:
         self.batch = batch
@@ -68,6 +81,8 @@ class ProteinBertOutput:
         self.hidden_local = hidden_local
         self.hidden_global = hidden_global
         self.attentions = attentions
+        self._local_mean = local_mean
+        self._residue_mean = residue_mean
         self._token_head = token_head
         self._annotation_head = annotation_head
         self._sigmoid = sigmoid
@@ -87,27 +102,32 @@ class ProteinBertOutput:
         Args:
             rows: (R, C) packed rows such as one of ``hidden_local``; the local states when None.
         """
-        rows = self.local_rows if rows is None else rows
-        return reference.residue_mean(rows, self.batch.segments, self.batch.starts, self.batch.lengths)
+        if rows is None and self._local_mean is not None:
+            return self._local_mean
+        return self._residue_mean(self.local_rows if rows is None else rows, self.batch)
 
     @cached_property
     def token_logits(self) -> Tensor:
         """(R, 26); rows in gaps mean nothing."""
-        return self._token_head(self.local_rows)
+        return self._token_head.logits(self.local_rows)
 
     @cached_property
     def token_probabilities(self) -> Tensor:
         """(R, 26), at least float32; rows in gaps mean nothing."""
+        if self._token_head.probabilities is not None:
+            return self._token_head.probabilities(self.local_rows)
         return self.token_logits.softmax(-1, dtype=_at_least_float32(self.token_logits))
 
     @cached_property
     def go_logits(self) -> Tensor:
         """(B, n_annotations)."""
-        return self._annotation_head(self.global_state)
+        return self._annotation_head.logits(self.global_state)
 
     @cached_property
     def go_probabilities(self) -> Tensor:
         """(B, n_annotations), at least float32."""
+        if self._annotation_head.probabilities is not None:
+            return self._annotation_head.probabilities(self.global_state)
         return self._sigmoid(self.go_logits.to(_at_least_float32(self.go_logits)))
 
     def original_local(self, index: int) -> Tensor:

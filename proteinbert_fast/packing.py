@@ -27,6 +27,24 @@ __all__ = ["PackedBatch", "batches_by_tokens"]
 Int64Array = npt.NDArray[np.int64]
 
 
+def cut_into_spans(lengths: torch.Tensor, size: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Proteins cut into spans of ``size`` rows, each protein from its own first row.
+
+    Args:
+        lengths: int64 (B,).
+        size: rows of a span.
+        most: S, a number of spans that is known to suffice.
+
+    Returns:
+        int32 (S,): the protein of each span; B in those beyond the last.
+        int64 (B + 1,): the first span of each protein, and how many there are.
+    """
+    first = torch.zeros(len(lengths) + 1, dtype=torch.int64, device=lengths.device)
+    torch.cumsum((lengths + size - 1) // size, 0, out=first[1:])
+    spans = torch.arange(most, device=lengths.device)
+    return torch.searchsorted(first[1:], spans, right=True, out_int32=True), first
+
+
 class PackedBatch:
     """A batch of proteins as one array of token rows. Treat it as immutable.
 
@@ -156,6 +174,11 @@ class PackedBatch:
         return self.tokens.shape[0]
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest protein; 0 in an empty batch."""
+        return self._longest
+
+    @property
     def n_tokens(self) -> int:
         """Tokens of all proteins: rows that are not in a gap."""
         return self.n_rows - self.gap * (len(self) + 1)
@@ -195,11 +218,7 @@ class PackedBatch:
         """
         if size not in self._spans:
             with torch.inference_mode(False):
-                first = torch.zeros(len(self) + 1, dtype=torch.int64, device=self.device)
-                torch.cumsum((self.lengths + size - 1) // size, 0, out=first[1:])
-                spans = torch.arange(self.n_tokens // size + len(self), device=self.device)
-                protein = torch.searchsorted(first[1:], spans, right=True, out_int32=True)
-                self._spans[size] = protein, first
+                self._spans[size] = cut_into_spans(self.lengths, size, self.n_tokens // size + len(self))
         return self._spans[size]
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "PackedBatch":

@@ -43,12 +43,16 @@ BUDGETS: dict[tuple[str, int, str, int], Budget] = {
     ("local_block", 80, "bfloat16", 128): Budget(local_loads=4),
     ("local_block", 80, "bfloat16", 256): Budget(local_loads=64),
     ("local_block", 80, "float16", 128): Budget(local_loads=4),
+    ("global_track", 90, "bfloat16", 128): Budget(local_loads=16),
+    ("first_block", 80, "bfloat16", 128): Budget(local_loads=48),
+    ("first_block", 80, "bfloat16", 256): Budget(local_loads=48),
+    ("first_block", 80, "float16", 128): Budget(local_loads=48),
 }
 for _capability in CAPABILITIES:
     BUDGETS["global_track", _capability, "float32", 128] = Budget(local_loads=140, matrix=0)
     BUDGETS["local_block", _capability, "float32", 256] = Budget(local_loads=8, matrix=0)
 # Triton computes products on Turing without its matrix units: kernels run there, slowly.
-for _kernel in ("local_block", "global_attention", "global_track", "linear", "weights"):
+for _kernel in ("local_block", "first_block", "global_attention", "global_track", "linear", "weights"):
     BUDGETS[_kernel, 75, "float16", 128] = Budget(local_loads=140, matrix=0)
 
 
@@ -68,7 +72,8 @@ class Target:
 
     @property
     def budget(self) -> Budget:
-        default = Budget(matrix=0 if self.dtype == "float32" or self.kernel == "add_spans" else 1)
+        is_sum = self.kernel in {"add_spans", "residue_mean"}
+        default = Budget(matrix=0 if self.dtype == "float32" or is_sum else 1)
         return BUDGETS.get((self.kernel, self.capability, self.dtype, self.d_local), default)
 
 
@@ -77,16 +82,21 @@ def targets() -> list[Target]:
     found = []
     for capability in CAPABILITIES:
         half = "float16" if capability < 80 else "bfloat16"
-        widths = {half: (128,) if capability < 80 else (32, 64, 128, 256), "float32": (128, 256)}
-        if capability in {80, 90}:
+        is_main = capability in {80, 90}
+        widths = {half: (32, 64, 128, 256) if is_main else (128,), "float32": (128, 256) if is_main else (128,)}
+        if is_main:
             widths["float16"] = (128,)
         for dtype, sizes in widths.items():
+            found.append(Target("first_block", capability, dtype, 128))
             for d_local in sizes:
                 found.append(Target("local_block", capability, dtype, d_local))
                 found.append(Target("global_attention", capability, dtype, d_local))
         for dtype in (half, "float32"):
             found += [Target(name, capability, dtype, 128) for name in ("weights", "global_track", "linear")]
-        found.append(Target("add_spans", capability, half, 128))
+        if capability >= 80:
+            found.append(Target("token_head", capability, half, 128))
+            found.append(Target("first_block", capability, half, 256))
+        found += [Target(name, capability, half, 128) for name in ("add_spans", "residue_mean")]
     return found
 
 
@@ -97,53 +107,66 @@ def compile_here(target: Target) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from proteinbert_fast.ops.kernels import global_attention, global_track, linear, local_block  # noqa: F401
+    import proteinbert_fast.ops.kernels  # noqa: F401
 
-    modules = {name: sys.modules[f"proteinbert_fast.ops.kernels.{name}"] for name in (
-        "global_attention", "global_track", "linear", "local_block")}  # fmt: skip
+    names = ("global_attention", "global_track", "linear", "local_block", "residue_mean")
+    modules = {name: sys.modules[f"proteinbert_fast.ops.kernels.{name}"] for name in names}
     dtype, name = getattr(torch, target.dtype), NAMES[target.dtype]
     d, capability = target.d_local, target.capability
-    types: dict[str, str] = {}
+    types: dict[str, str] = {"n_proteins": "i32", "n_rows": "i32", "SUMS": "*fp32", "FIRST_SPAN": "*i64"}
+    types |= {"STARTS": "*i64", "LENGTHS": "*i64", "SPAN_PROTEIN": "*i32", "SEGMENTS": "*i32", "QUERY": "*fp32"}
     heads = {"D": d, "H": 4, "K": 64, "K_PADDED": 64, "SCALE": 0.18, "PRECISION": "ieee"}
-    if target.kernel == "local_block":
+    if target.kernel in {"local_block", "first_block"}:
         kernel = modules["local_block"].local_block_kernel
         c = modules["local_block"].configuration(capability, d, dtype)._replace(**target.changes)
-        chunk = min(c.chunk, d)
-        types = {"SEGMENTS": "*i32", "first": "i32", "n_rows": "i32"}
+        chunk, symbols = min(c.chunk, d), 32 if target.kernel == "first_block" else 0
+        types |= {"TOKENS": "*u8" if symbols else "*i32", "first": "i32"}
         if c.descriptors:
-            types |= {"X_TILES": f"tensordesc<{name}[{c.rows},{chunk}]>", "W_TILES": f"tensordesc<{name}[{chunk},{d}]>",
-                      "LOCAL_TILES": f"tensordesc<{name}[{c.rows},{d}]>"}  # fmt: skip
+            types["LOCAL_TILES"] = f"tensordesc<{name}[{c.rows},{d}]>"
+            if not symbols:
+                types["X_TILES"] = f"tensordesc<{name}[{c.rows},{chunk}]>"
+                types["W_TILES"] = f"tensordesc<{name}[{chunk},{d}]>"
         constants = {"D": d, "TAPS": 9, "DILATION": 5, "M": c.rows, "CHUNK": chunk, "STAGES": c.stages,
                      "DESCRIPTORS": c.descriptors, "PRECISION": "ieee", "KEEP_HIDDEN": False, "EPSILON": 1e-3,
-                     "CHUNKED_DENSE": c.chunked_dense, "KEPT": target.dtype != "float32"}  # fmt: skip
+                     "CHUNKED_DENSE": c.chunked_dense, "KEPT": target.dtype != "float32",
+                     "SYMBOLS": symbols}  # fmt: skip
         warps, stages = c.warps, c.stages
     elif target.kernel in {"global_attention", "weights", "add_spans"}:
         module = modules["global_attention"]
         c = module.configuration(capability, d, dtype)._replace(**target.changes)
         warps, stages = c.warps, c.stages
-        types = {"QUERY": "*fp32", "STARTS": "*i64", "LENGTHS": "*i64", "SPAN_PROTEIN": "*i32", "FIRST_SPAN": "*i64",
-                 "SUMS": "*fp32", "n_proteins": "i32", "DENOMINATOR": "*fp32", "SEGMENTS": "*i32",
-                 "n_rows": "i32"}  # fmt: skip
-        values = {"V": 128, "V_PADDED": 128}
+        types["DENOMINATOR"] = "*fp32"
         if target.kernel == "global_attention":
             kernel = module.span_sums_kernel
-            constants = heads | values | {"SPAN": module.SPAN, "M": c.rows, "STAGES": c.stages, "CHUNK": c.chunk}
+            constants = heads | {"V": 128, "V_PADDED": 128, "SPAN": module.SPAN, "M": c.rows, "STAGES": c.stages,
+                                 "CHUNK": c.chunk, "RESIDUES": 32, "WIDTH": 516 + d}  # fmt: skip
         elif target.kernel == "weights":
             kernel, constants = module.weights_kernel, heads | {"M": c.rows}
         else:
-            kernel, constants, warps = module.add_spans_kernel, {"H": 4, "AT_ONCE": 32} | values, 4
+            kernel, warps = module.add_spans_kernel, 4
+            types |= {"COARSE_PROTEIN": "*i32", "FIRST_COARSE": "*i64", "COARSE_SUMS": "*fp32"}
+            constants = {"WIDTH": 644, "WIDTH_PADDED": 1024, "AT_ONCE": module.SPANS_AT_ONCE}
+    elif target.kernel == "residue_mean":
+        kernel, warps, stages = modules["residue_mean"].residue_sums_kernel, 4, 1
+        types["n_columns"] = "i32"
+        constants = {"SPAN": 512, "M": 32, "N": 128}
     elif target.kernel == "global_track":
-        kernel = modules["global_track"].global_track_kernel
-        types = {"n_rows": "i32", "G": "i32"}
-        constants = {"G_PADDED": 512, "M": 16, "CHUNK": modules["global_track"]._INPUTS, "PRECISION": "ieee",
+        module = modules["global_track"]
+        kernel = module.global_track_kernel
+        c = module.configuration(capability, dtype)._replace(**target.changes)
+        types |= {"DENOMINATOR": "*fp32", "MEAN": "*fp32"}
+        constants = {"G": 512, "G_PADDED": 512, "H": 4, "H_PADDED": 16, "V": 128, "QUERIES": 256, "QUERIES_PADDED": 256,
+                     "D": d, "WIDTH": 516, "M": 16, "CHUNK": c.chunk, "KEEP_DENOMINATOR": False, "PRECISION": "ieee",
                      "EPSILON": 1e-3}  # fmt: skip
-        warps, stages = 8, 3
+        warps, stages = c.warps, c.stages
     else:
         kernel = modules["linear"].linear_kernel
-        types = {"n_rows": "i32", "n_inputs": "i32", "n_columns": "i32"}
-        chunk = modules["linear"]._INPUTS[dtype]
-        constants = {"HAS_BIAS": True, "ACTIVATION": "gelu", "M": 16, "N": 64, "CHUNK": chunk, "PRECISION": "ieee"}
-        warps, stages = 4, 3
+        types |= {"n_inputs": "i32", "n_columns": "i32"}
+        rows = modules["linear"]._MANY_ROWS if target.kernel == "token_head" else modules["linear"]._ROWS
+        activation = "softmax" if target.kernel == "token_head" else "gelu"
+        constants = {"HAS_BIAS": True, "ACTIVATION": activation, "M": rows, "N": 64, "PRECISION": "ieee",
+                     "CHUNK": modules["linear"]._INPUTS[dtype]}  # fmt: skip
+        warps, stages = 8 if target.kernel == "token_head" else 4, 3
     signature = {n: "constexpr" if n in constants else types.get(n, f"*{name}") for n in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)

@@ -1,8 +1,13 @@
-"""The local track of one block in one kernel: reads x once or more from the cache, writes the new state once."""
+"""The local track of one block in one kernel: reads x once or more from the cache, writes the new state once.
+
+The first block's x are embedded tokens, so each of its convolutions is a sum of rows of small tables, one row for each
+tap and token: the kernel reads tokens, never their states, and multiplies one-hot rows of 32 instead of rows of D.
+"""
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,9 +15,9 @@ from torch import Tensor
 from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels.activations import gelu, kept_16_bit, layer_norm
-from proteinbert_fast.ops.kernels.launching import capability_of, is_interpreted, product_precision
+from proteinbert_fast.ops.kernels.launching import capability_of, is_interpreted, padded, product_precision
 from proteinbert_fast.ops.recompute import recomputed
-from proteinbert_fast.ops.reference import LocalBlockWeights
+from proteinbert_fast.ops.reference import Embedded, LocalBlockWeights
 from proteinbert_fast.packing import PackedBatch
 
 CHANNELS = (32, 64, 128, 256)
@@ -65,17 +70,37 @@ def _convolve(
 
 
 @triton.jit
+def _look_up(
+    total, TOKENS, TABLES, rows, n_rows, FIRST_TAP: tl.constexpr, DILATION: tl.constexpr, D: tl.constexpr,
+    TAPS: tl.constexpr, SYMBOLS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds a convolution of embedded tokens to ``total`` (M, D), taps in order; TABLES is (taps, SYMBOLS, D)."""
+    columns = tl.arange(0, D)
+    symbols = tl.arange(0, SYMBOLS)
+    for tap in tl.range(0, TAPS, num_stages=STAGES):
+        at = rows + (tap - TAPS // 2) * DILATION
+        token = tl.load(TOKENS + at, mask=at < n_rows, other=SYMBOLS - 1).to(tl.int32)
+        table_row = (FIRST_TAP + tap) * SYMBOLS + symbols
+        table = tl.load(TABLES + table_row[:, None] * D + columns[None, :])
+        one_hot = (token[:, None] == symbols[None, :]).to(table.dtype)
+        total = tl.dot(one_hot, table, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def local_block_kernel(
-    X_TILES, W_TILES, LOCAL_TILES, X, BROADCAST, SEGMENTS, NARROW_BIAS, WIDE_BIAS, NORM1_WEIGHT, NORM1_BIAS,
+    X_TILES, W_TILES, LOCAL_TILES, X, TOKENS, BROADCAST, SEGMENTS, NARROW_BIAS, WIDE_BIAS, NORM1_WEIGHT, NORM1_BIAS,
     DENSE, DENSE_BIAS, NORM2_WEIGHT, NORM2_BIAS, HIDDEN, LOCAL, first, n_rows,
     D: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
     STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, KEEP_HIDDEN: tl.constexpr,
-    CHUNKED_DENSE: tl.constexpr, EPSILON: tl.constexpr, KEPT: tl.constexpr,
+    CHUNKED_DENSE: tl.constexpr, EPSILON: tl.constexpr, KEPT: tl.constexpr, SYMBOLS: tl.constexpr,
 ):  # fmt: skip
     """Rows [first + M * program, ...) of the batch. Gap rows are computed like others and written as zeros.
 
     X_TILES, W_TILES and LOCAL_TILES are descriptors, or pointers again where there are none. W is (2 * TAPS * D, D):
-    the taps of the narrow and then of the wide convolution, each (in, out). DENSE is (out, in).
+    the taps of the narrow and then of the wide convolution, each (in, out). DENSE is (out, in). Where there are
+    SYMBOLS, X holds the states of that many tokens, and W_TILES points to their products with each tap,
+    (2 * TAPS, SYMBOLS, D).
     """
     dtype = X.dtype.element_ty
     PRECISE: tl.constexpr = dtype == tl.float32
@@ -90,19 +115,28 @@ def local_block_kernel(
     inside = (segment >= 0)[:, None]
 
     total = tl.broadcast_to(tl.load(NARROW_BIAS + columns).to(tl.float32)[None, :], (M, D))
-    total = _convolve(
-        total, X_TILES, W_TILES, start, n_rows, 0, 1, D, TAPS, CHUNK, STAGES, DESCRIPTORS, PRECISION
-    )  # fmt: skip
-    merged = gelu(total, PRECISE) + tl.load(X + at, mask=in_batch[:, None], other=0.0).to(tl.float32)
+    if SYMBOLS:
+        total = _look_up(total, TOKENS, W_TILES, rows, n_rows, 0, 1, D, TAPS, SYMBOLS, STAGES, PRECISION)
+        token = tl.load(TOKENS + rows, mask=in_batch, other=SYMBOLS - 1).to(tl.int32)
+        x = tl.load(X + token[:, None] * D + columns[None, :])
+    else:
+        total = _convolve(
+            total, X_TILES, W_TILES, start, n_rows, 0, 1, D, TAPS, CHUNK, STAGES, DESCRIPTORS, PRECISION
+        )  # fmt: skip
+        x = tl.load(X + at, mask=in_batch[:, None], other=0.0)
+    merged = gelu(total, PRECISE) + x.to(tl.float32)
     word = BROADCAST + tl.maximum(segment, 0).to(tl.int64)[:, None] * D + columns[None, :]
     merged += tl.load(word, mask=inside, other=0.0).to(tl.float32)
     if KEPT:
         # Half the registers during the second loop. float16 has the bits to spare for sums of this size.
         merged_16 = kept_16_bit(merged.to(tl.float16))
     total = tl.broadcast_to(tl.load(WIDE_BIAS + columns).to(tl.float32)[None, :], (M, D))
-    total = _convolve(
-        total, X_TILES, W_TILES, start, n_rows, TAPS, DILATION, D, TAPS, CHUNK, STAGES, DESCRIPTORS, PRECISION
-    )  # fmt: skip
+    if SYMBOLS:
+        total = _look_up(total, TOKENS, W_TILES, rows, n_rows, TAPS, DILATION, D, TAPS, SYMBOLS, STAGES, PRECISION)
+    else:
+        total = _convolve(
+            total, X_TILES, W_TILES, start, n_rows, TAPS, DILATION, D, TAPS, CHUNK, STAGES, DESCRIPTORS, PRECISION
+        )  # fmt: skip
     if KEPT:
         merged = merged_16.to(tl.float32)
     hidden = layer_norm(
@@ -157,22 +191,24 @@ def configuration(capability: int, channels: int, dtype: torch.dtype) -> Configu
 
 @torch.library.custom_op("proteinbert_fast::local_block", mutates_args=())
 def _local_block(
-    x: Tensor, broadcast: Tensor, segments: Tensor, weights: list[Tensor],
+    x: Tensor, tokens: Tensor | None, broadcast: Tensor, segments: Tensor, weights: list[Tensor],
     gap: int, wide_dilation: int, keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return launch(x, broadcast, segments, weights, gap, wide_dilation, keep_hidden, None)
+    return launch(x, tokens, broadcast, segments, weights, gap, wide_dilation, keep_hidden, None)
 
 
 @_local_block.register_fake
 def _(
-    x: Tensor, broadcast: Tensor, segments: Tensor, weights: list[Tensor],
+    x: Tensor, tokens: Tensor | None, broadcast: Tensor, segments: Tensor, weights: list[Tensor],
     gap: int, wide_dilation: int, keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return x.new_empty(x.shape if keep_hidden else (0, x.shape[1])), torch.empty_like(x)
+    shape = len(segments), x.shape[1]
+    return x.new_empty(shape if keep_hidden else (0, x.shape[1])), x.new_empty(shape)
 
 
 def launch(
     x: Tensor,
+    tokens: Tensor | None,
     broadcast: Tensor,
     segments: Tensor,
     weights: list[Tensor],
@@ -181,42 +217,59 @@ def launch(
     keep_hidden: bool,
     chosen: Configuration | None,
 ) -> tuple[Tensor, Tensor]:
-    """Runs the kernel; as the operator, with a configuration to choose (the shipped one when None)."""
-    x = x.contiguous()
+    """Runs the kernel; as the operator, with a configuration to choose (the shipped one when None).
+
+    Args:
+        x: (R, D) states; or (26, D), those of each token.
+        tokens: (R,) uint8, or None where ``x`` has the states.
+        broadcast: (B, D).
+        segments: (R,) int32.
+        weights: those of LocalBlockWeights.
+        gap: rows before the first protein.
+        wide_dilation: rows between the taps of the wide convolution.
+        keep_hidden: also give the states after the first norm.
+        chosen: how to cut the launch.
+    """
     w = LocalBlockWeights(*weights)
-    n_rows, channels = x.shape
-    c = chosen or configuration(capability_of(x), channels, x.dtype)
+    n_rows, channels, dtype = len(segments), x.shape[1], x.dtype
+    c = chosen or configuration(capability_of(x), channels, dtype)
     # (out, in, taps) to (taps, in, out), narrow above wide: a tile of it is what a product takes.
-    taps = torch.cat([w.narrow_weight.permute(2, 1, 0), w.wide_weight.permute(2, 1, 0)]).to(x.dtype)
-    taps = taps.reshape(-1, channels)
-    hidden = torch.empty_like(x) if keep_hidden or c.chunked_dense else x.new_empty(0, channels)
-    local = torch.empty_like(x)
+    taps = torch.cat([w.narrow_weight.permute(2, 1, 0), w.wide_weight.permute(2, 1, 0)]).to(dtype)
+    symbols = 0
+    if tokens is None:
+        x, taps = x.contiguous(), taps.reshape(-1, channels)
+    else:
+        # A gap row's token is the first beyond the vocabulary: its states, and those of all others, are zeros.
+        symbols = padded(len(x) + 1, 32)
+        x = F.pad(x, (0, 0, 0, symbols - len(x)))
+        taps = torch.matmul(x, taps)
+    hidden = x.new_empty(n_rows if keep_hidden or c.chunked_dense else 0, channels)
+    local = x.new_empty(n_rows, channels)
     local[:gap] = 0
     if keep_hidden:
         hidden[:gap] = 0
-    tiles: tuple[object, object, object] = (x, taps, local)
+    tiles: list[object] = [x, taps, local]
     if c.descriptors:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        tiles = (
-            TensorDescriptor.from_tensor(x, [c.rows, c.chunk]),
-            TensorDescriptor.from_tensor(taps, [c.chunk, channels]),
-            TensorDescriptor.from_tensor(local, [c.rows, channels]),
-        )
+        tiles[2] = TensorDescriptor.from_tensor(local, [c.rows, channels])
+        if tokens is None:
+            tiles[0] = TensorDescriptor.from_tensor(x, [c.rows, c.chunk])
+            tiles[1] = TensorDescriptor.from_tensor(taps, [c.chunk, channels])
     local_block_kernel[(triton.cdiv(n_rows - gap, c.rows),)](
-        *tiles, x, broadcast.contiguous(), segments, w.narrow_bias, w.wide_bias, w.norm1_weight, w.norm1_bias,
-        w.dense_weight.to(x.dtype).contiguous(), w.dense_bias, w.norm2_weight, w.norm2_bias, hidden, local, gap, n_rows,
+        *tiles, x, segments if tokens is None else tokens, broadcast.contiguous(), segments, w.narrow_bias, w.wide_bias,
+        w.norm1_weight, w.norm1_bias, w.dense_weight.to(dtype).contiguous(), w.dense_bias, w.norm2_weight, w.norm2_bias,
+        hidden, local, gap, n_rows,
         D=channels, TAPS=w.narrow_weight.shape[-1], DILATION=wide_dilation, M=c.rows, CHUNK=min(c.chunk, channels),
-        STAGES=c.stages, DESCRIPTORS=c.descriptors, PRECISION=product_precision(x.dtype), KEEP_HIDDEN=keep_hidden,
-        CHUNKED_DENSE=c.chunked_dense,
-        EPSILON=LAYER_NORM_EPS, KEPT=x.dtype != torch.float32 and not is_interpreted(),
-        num_warps=c.warps, num_stages=c.stages,
+        STAGES=c.stages, DESCRIPTORS=c.descriptors, PRECISION=product_precision(dtype), KEEP_HIDDEN=keep_hidden,
+        CHUNKED_DENSE=c.chunked_dense, EPSILON=LAYER_NORM_EPS, KEPT=dtype != torch.float32 and not is_interpreted(),
+        SYMBOLS=symbols, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return hidden if keep_hidden else x.new_empty(0, channels), local
 
 
 def local_block(
-    x: Tensor,
+    x: Tensor | Embedded,
     broadcast: Tensor,
     batch: PackedBatch,
     weights: LocalBlockWeights,
@@ -226,7 +279,7 @@ def local_block(
     """``reference.local_block`` in one kernel.
 
     Args:
-        x: (R, D), zeros in gap rows; D is one of CHANNELS.
+        x: (R, D), zeros in gap rows; or the tokens that have these states. D is one of CHANNELS.
         broadcast: (B, D).
         batch: the packed layout.
         weights: the block's parameters; products take them in the dtype of ``x``.
@@ -237,15 +290,17 @@ def local_block(
         The hidden states (R, D) or None, and the new local states (R, D).
     """
     segments = batch.segments
+    tokens, states = (x.tokens, x.weight) if isinstance(x, Embedded) else (None, x)
 
     def fast(x: Tensor, broadcast: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         result: tuple[Tensor, ...] = _local_block(
-            x, broadcast, segments, list(weights), batch.gap, wide_dilation, keep_hidden
+            x, tokens, broadcast, segments, list(weights), batch.gap, wide_dilation, keep_hidden
         )
         return result
 
     def plain(x: Tensor, broadcast: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        return reference.local_block(x, broadcast, segments, LocalBlockWeights(*weights), wide_dilation)
+        rows = x if tokens is None else reference.embed_tokens(tokens, x)
+        return reference.local_block(rows, broadcast, segments, LocalBlockWeights(*weights), wide_dilation)
 
-    hidden, local = recomputed(fast, plain, x, broadcast, *weights)
+    hidden, local = recomputed(fast, plain, states, broadcast, *weights)
     return (hidden if keep_hidden else None), local

@@ -1,0 +1,77 @@
+"""Means over each protein's residues of any rows, in one fixed order."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from proteinbert_fast.ops import reference
+from proteinbert_fast.ops.kernels.global_attention import SPAN, SpanSums, add_spans
+from proteinbert_fast.ops.recompute import recomputed
+from proteinbert_fast.packing import PackedBatch
+
+_ROWS, _COLUMNS = 32, 128
+
+
+@triton.jit
+def residue_sums_kernel(
+    X, STARTS, LENGTHS, SPAN_PROTEIN, FIRST_SPAN, SUMS, n_proteins, n_columns,
+    SPAN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Program (span, N columns): the sum of a span's residues, M rows after M rows."""
+    span = tl.program_id(0)
+    columns = tl.program_id(1) * N + tl.arange(0, N)
+    protein = tl.load(SPAN_PROTEIN + span)
+    if protein < n_proteins:
+        done = (span - tl.load(FIRST_SPAN + protein)) * SPAN
+        first_row = tl.load(STARTS + protein) + done
+        rows_left = tl.load(LENGTHS + protein) - done
+        n_rows = tl.minimum(rows_left, SPAN).to(tl.int32)
+        in_columns = (columns < n_columns)[None, :]
+        total = tl.zeros((N,), tl.float32)
+        for tile in range(0, n_rows, M):
+            row = tile + tl.arange(0, M)
+            # The first and the last token of a protein are no residues.
+            residue = (row < n_rows) & (done + row > 0) & (row + 1 < rows_left)
+            at = (first_row + row)[:, None] * n_columns + columns[None, :]
+            total += tl.sum(tl.load(X + at, mask=residue[:, None] & in_columns, other=0.0).to(tl.float32), axis=0)
+        tl.store(SUMS + span.to(tl.int64) * n_columns + columns, total, mask=columns < n_columns)
+
+
+@torch.library.custom_op("proteinbert_fast::residue_mean", mutates_args=())
+def _residue_mean(
+    x: Tensor, starts: Tensor, lengths: Tensor, span_protein: Tensor, first_span: Tensor, longest: int
+) -> Tensor:
+    x = x.contiguous()
+    n_proteins, (n_rows, n_columns) = len(starts), x.shape
+    sums = x.new_empty(len(span_protein), n_columns, dtype=torch.float32)
+    if n_proteins:
+        residue_sums_kernel[(len(span_protein), triton.cdiv(n_columns, _COLUMNS))](
+            x, starts, lengths, span_protein, first_span, sums, n_proteins, n_columns,
+            SPAN=SPAN, M=_ROWS, N=_COLUMNS, num_warps=4,
+        )  # fmt: skip
+    sums, first = add_spans(SpanSums(sums, first_span), lengths, n_rows, longest, most=1)
+    return sums[first[:n_proteins]] / (lengths - 2).clamp(min=1).unsqueeze(-1)
+
+
+@_residue_mean.register_fake
+def _(x: Tensor, starts: Tensor, lengths: Tensor, span_protein: Tensor, first_span: Tensor, longest: int) -> Tensor:
+    return x.new_empty(len(starts), x.shape[1], dtype=torch.float32)
+
+
+def residue_mean(rows: Tensor, batch: PackedBatch) -> Tensor:
+    """``reference.residue_mean``, (B, C) float32.
+
+    Args:
+        rows: (R, C) of any dtype, summed in float32.
+        batch: the packed layout.
+    """
+    spans = batch.spans(SPAN)
+
+    def fast(rows: Tensor) -> tuple[Tensor]:
+        return (_residue_mean(rows, batch.starts, batch.lengths, *spans, batch.longest),)
+
+    def plain(rows: Tensor) -> tuple[Tensor]:
+        return (reference.residue_mean(rows, batch.segments, batch.starts, batch.lengths),)
+
+    return recomputed(fast, plain, rows)[0]
