@@ -237,8 +237,14 @@ class ProteinBert(nn.Module):
         return f"{choice.operations.name} ({choice.reason})"
 
     def _choose(self) -> Choice:
-        weight = self.token_embedding.weight
-        return backends.choose(self.backend, weight.device, self.config, self._compute_dtype())
+        device, dtype = self.token_embedding.weight.device, self._compute_dtype()
+        choice = backends.choose(self.backend, device, self.config, dtype)
+        if self.backend == "auto" and choice.operations.name == "triton":
+            from proteinbert_fast import self_check
+
+            if complaint := self_check.complaint(device, self.config, dtype):
+                return Choice(backends.REFERENCE, f"the Triton kernels fail their self-check: {complaint}")
+        return choice
 
     def _compute_dtype(self) -> torch.dtype:
         weight = self.token_embedding.weight

@@ -113,8 +113,10 @@ class PackedBatch:
         wrong = (tokens > GAP) | ((tokens == GAP) != in_gap)
         if wrong.any():
             row = int(wrong.to(torch.uint8).argmax())
-            expected = f"GAP ({GAP})" if in_gap[row] else f"a token 0..{PAD}"
-            raise InputError(f"packed batch: row {row} must hold {expected}, got {int(tokens[row])}")
+            protein = int(self.segments[row])
+            expected = f"GAP ({GAP})" if protein < 0 else f"a token 0..{PAD}"
+            where = f"row {row}" if protein < 0 else f"row {row}, {self._name(protein)},"
+            raise InputError(f"packed batch: {where} must hold {expected}, got {int(tokens[row])}")
 
     def _set(
         self,

@@ -1,6 +1,7 @@
 """Which implementation of the operations runs, chosen by rule and never silently."""
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -174,6 +175,8 @@ class Choice(NamedTuple):
 
 def _no_triton(device: torch.device, config: ProteinBertConfig, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run this, or None when they can."""
+    if not torch.compiler.is_compiling() and importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'proteinbert-fast[kernels]'"
     from proteinbert_fast.ops import kernels
 
     return kernels.unsupported(device, config, dtype)
@@ -212,6 +215,11 @@ def choose(backend: str, device: torch.device, config: ProteinBertConfig, dtype:
         if obstacle := _no_triton(device, config, dtype):
             raise BackendError(f"backend 'triton' cannot run this: {obstacle}; use 'auto' or 'reference'")
         return Choice(_triton(), "asked for")
+    if backend == "auto" and _is_gpu(device):
+        if obstacle := _no_triton(device, config, dtype):
+            _say_once(f"on {device} the plain operations run, slower than the Triton kernels: {obstacle}")
+            return Choice(REFERENCE, obstacle)
+        return Choice(_triton(), "the device is a CUDA GPU, and sizes and dtype fit")
     obstacle = f"the device is {device.type}" if device.type != "cpu" else cpu.unsupported(config, dtype)
     if backend == "cpu" and obstacle:
         raise BackendError(f"backend 'cpu' cannot run this: {obstacle}; use 'auto' or 'reference'")
@@ -222,3 +230,16 @@ def choose(backend: str, device: torch.device, config: ProteinBertConfig, dtype:
     if obstacle:
         return Choice(REFERENCE, obstacle)
     return Choice(CPU, "the device is cpu, and sizes and dtype fit")
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+_said: set[str] = set()
+
+
+def _say_once(line: str) -> None:
+    if not torch.compiler.is_compiling() and line not in _said:
+        _said.add(line)
+        warnings.warn(f"proteinbert-fast: {line}", RuntimeWarning, stacklevel=4)

@@ -21,7 +21,8 @@ from typing import Any
 
 SHARED_MEMORY = {75: 64, 80: 163, 90: 227, 100: 227}  # KB that one program may use
 CAPABILITIES = tuple(SHARED_MEMORY)
-NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+# "tf32" is float32 whose products may be rounded, by the user's setting.
+NAMES = {"float32": "fp32", "tf32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ BUDGETS: dict[tuple[str, int, str, int], Budget] = {
     ("local_block", 80, "bfloat16", 128): Budget(local_loads=4),
     ("local_block", 80, "bfloat16", 256): Budget(local_loads=64),
     ("local_block", 80, "float16", 128): Budget(local_loads=4),
+    ("first_block", 80, "tf32", 128): Budget(local_loads=48),
+    ("first_block", 90, "tf32", 128): Budget(local_loads=16),
     ("global_track", 90, "bfloat16", 128): Budget(local_loads=16),
     ("first_block", 80, "bfloat16", 128): Budget(local_loads=48),
     ("first_block", 80, "bfloat16", 256): Budget(local_loads=48),
@@ -85,13 +88,13 @@ def targets() -> list[Target]:
         is_main = capability in {80, 90}
         widths = {half: (32, 64, 128, 256) if is_main else (128,), "float32": (128, 256) if is_main else (128,)}
         if is_main:
-            widths["float16"] = (128,)
+            widths |= {"float16": (128,), "tf32": (128,)}
         for dtype, sizes in widths.items():
             found.append(Target("first_block", capability, dtype, 128))
             for d_local in sizes:
                 found.append(Target("local_block", capability, dtype, d_local))
                 found.append(Target("global_attention", capability, dtype, d_local))
-        for dtype in (half, "float32"):
+        for dtype in (half, "float32", *(["tf32"] if is_main else [])):
             found += [Target(name, capability, dtype, 128) for name in ("weights", "global_track", "linear")]
         if capability >= 80:
             found.append(Target("token_head", capability, half, 128))
@@ -111,14 +114,15 @@ def compile_here(target: Target) -> dict[str, Any]:
 
     names = ("global_attention", "global_track", "linear", "local_block", "residue_mean")
     modules = {name: sys.modules[f"proteinbert_fast.ops.kernels.{name}"] for name in names}
-    dtype, name = getattr(torch, target.dtype), NAMES[target.dtype]
+    dtype, name = getattr(torch, target.dtype.replace("tf32", "float32")), NAMES[target.dtype]
+    precision = "tf32" if target.dtype == "tf32" else "ieee"
     d, capability = target.d_local, target.capability
     types: dict[str, str] = {"n_proteins": "i32", "n_rows": "i32", "SUMS": "*fp32", "FIRST_SPAN": "*i64"}
     types |= {"STARTS": "*i64", "LENGTHS": "*i64", "SPAN_PROTEIN": "*i32", "SEGMENTS": "*i32", "QUERY": "*fp32"}
-    heads = {"D": d, "H": 4, "K": 64, "K_PADDED": 64, "SCALE": 0.18, "PRECISION": "ieee"}
+    heads = {"D": d, "H": 4, "K": 64, "K_PADDED": 64, "SCALE": 0.18, "PRECISION": precision}
     if target.kernel in {"local_block", "first_block"}:
         kernel = modules["local_block"].local_block_kernel
-        c = modules["local_block"].configuration(capability, d, dtype)._replace(**target.changes)
+        c = modules["local_block"].configuration(capability, d, dtype, precision)._replace(**target.changes)
         chunk, symbols = min(c.chunk, d), 32 if target.kernel == "first_block" else 0
         types |= {"TOKENS": "*u8" if symbols else "*i32", "first": "i32"}
         if c.descriptors:
@@ -127,13 +131,13 @@ def compile_here(target: Target) -> dict[str, Any]:
                 types["X_TILES"] = f"tensordesc<{name}[{c.rows},{chunk}]>"
                 types["W_TILES"] = f"tensordesc<{name}[{chunk},{d}]>"
         constants = {"D": d, "TAPS": 9, "DILATION": 5, "M": c.rows, "CHUNK": chunk, "STAGES": c.stages,
-                     "DESCRIPTORS": c.descriptors, "PRECISION": "ieee", "KEEP_HIDDEN": False, "EPSILON": 1e-3,
-                     "CHUNKED_DENSE": c.chunked_dense, "KEPT": target.dtype != "float32",
+                     "DESCRIPTORS": c.descriptors, "PRECISION": precision, "KEEP_HIDDEN": False, "EPSILON": 1e-3,
+                     "CHUNKED_DENSE": c.chunked_dense, "KEPT": name != "fp32",
                      "SYMBOLS": symbols}  # fmt: skip
         warps, stages = c.warps, c.stages
     elif target.kernel in {"global_attention", "weights", "add_spans"}:
         module = modules["global_attention"]
-        c = module.configuration(capability, d, dtype)._replace(**target.changes)
+        c = module.configuration(capability, d, dtype, precision)._replace(**target.changes)
         warps, stages = c.warps, c.stages
         types["DENOMINATOR"] = "*fp32"
         if target.kernel == "global_attention":
@@ -153,10 +157,10 @@ def compile_here(target: Target) -> dict[str, Any]:
     elif target.kernel == "global_track":
         module = modules["global_track"]
         kernel = module.global_track_kernel
-        c = module.configuration(capability, dtype)._replace(**target.changes)
+        c = module.configuration(capability, dtype, precision)._replace(**target.changes)
         types |= {"DENOMINATOR": "*fp32", "MEAN": "*fp32"}
         constants = {"G": 512, "G_PADDED": 512, "H": 4, "H_PADDED": 16, "V": 128, "QUERIES": 256, "QUERIES_PADDED": 256,
-                     "D": d, "WIDTH": 516, "M": 16, "CHUNK": c.chunk, "KEEP_DENOMINATOR": False, "PRECISION": "ieee",
+                     "D": d, "WIDTH": 516, "M": 16, "CHUNK": c.chunk, "KEEP_DENOMINATOR": False, "PRECISION": precision,
                      "EPSILON": 1e-3}  # fmt: skip
         warps, stages = c.warps, c.stages
     else:
@@ -164,7 +168,7 @@ def compile_here(target: Target) -> dict[str, Any]:
         types |= {"n_inputs": "i32", "n_columns": "i32"}
         rows = modules["linear"]._MANY_ROWS if target.kernel == "token_head" else modules["linear"]._ROWS
         activation = "softmax" if target.kernel == "token_head" else "gelu"
-        constants = {"HAS_BIAS": True, "ACTIVATION": activation, "M": rows, "N": 64, "PRECISION": "ieee",
+        constants = {"HAS_BIAS": True, "ACTIVATION": activation, "M": rows, "N": 64, "PRECISION": precision,
                      "CHUNK": modules["linear"]._INPUTS[dtype]}  # fmt: skip
         warps, stages = 8 if target.kernel == "token_head" else 4, 3
     signature = {n: "constexpr" if n in constants else types.get(n, f"*{name}") for n in kernel.arg_names}

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from proteinbert_fast import ProteinBert, ProteinBertConfig, Tokenizer
+from proteinbert_fast import ProteinBert, ProteinBertConfig, Tokenizer, self_check
 from proteinbert_fast.errors import BackendError
+from proteinbert_fast.ops import backends
 from tests.test_golden import UNPADDED, check_forward
+
+from .conftest import IS_INTERPRETED
 
 SMALL = ProteinBertConfig(n_annotations=30, d_local=32, d_global=64, n_blocks=2, n_heads=4, d_key=16)
 SEQUENCES = ["MKTAYIAKQRQISFVKSHFSRQ", "M", "", "ACDEFGHIKLMNPQRSTVWY" * 20]
@@ -82,6 +85,20 @@ def test_compiles_as_one_graph(model, device):
         a, b = model(batch), compiled(batch)
     assert torch.equal(a.local_rows, b.local_rows)
     assert torch.equal(a.global_state, b.global_state)
+
+
+def test_auto_chooses_the_kernels_on_a_gpu_after_a_check(model, device, monkeypatch):
+    if IS_INTERPRETED:
+        monkeypatch.setattr(backends, "_is_gpu", lambda _: True)
+        monkeypatch.setattr(self_check, "LENGTHS", (1, 7, 40))
+    monkeypatch.setattr(self_check, "_complaints", {})
+    model.backend = "auto"
+    assert model.backend_report() == "triton (the device is a CUDA GPU, and sizes and dtype fit)"
+    assert list(self_check._complaints.values()) == [None]
+    batch = Tokenizer()(SEQUENCES[:2]).to(device)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(model(batch).local_rows, compiled(batch).local_rows)
 
 
 def test_trains(model, device):

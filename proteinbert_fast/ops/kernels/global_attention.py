@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from proteinbert_fast.ops.kernels.activations import LOG2_E, gelu, tanh
-from proteinbert_fast.ops.kernels.launching import capability_of, padded, product_precision
+from proteinbert_fast.ops.kernels.launching import capability_of, has_matrix_units, padded, product_precision
 from proteinbert_fast.packing import cut_into_spans
 
 SPAN = 512
@@ -166,12 +166,14 @@ def weights_kernel(
     tl.store(WEIGHTS + rows * H + head, weight, mask=in_batch)
 
 
-def configuration(capability: int, channels: int, dtype: torch.dtype) -> Configuration:
+def configuration(capability: int, channels: int, dtype: torch.dtype, precision: str = "ieee") -> Configuration:
     """The shipped one for a device; as for the local block."""
     if capability == 0:  # Time in the interpreter goes by the number of operations, not by their sizes.
         return Configuration(64, 4, 1, 32 if dtype == torch.float32 else 0)
-    if dtype == torch.float32 or capability < 80:
+    if not has_matrix_units(capability, dtype, precision):
         return Configuration(16, 8, 1, 16)
+    if dtype == torch.float32:
+        return Configuration(64, 8, 1, 32)
     if channels > 128:
         return Configuration(32, 8, 1, 0)
     return Configuration(64, 4 if capability >= 90 else 8, 2, 0)
@@ -245,7 +247,8 @@ def span_sums(
     local = local.contiguous()
     n_proteins, (n_rows, channels) = len(starts), local.shape
     d_key, d_value = len(key_weight) // n_heads, len(value_weight) // n_heads
-    c = chosen or configuration(capability_of(local), channels, local.dtype)
+    precision = product_precision(local.dtype)
+    c = chosen or configuration(capability_of(local), channels, local.dtype, precision)
     width = n_heads * (d_value + 1) + (channels if residues else 0)
     protein, first = spans
     sums = local.new_empty(len(protein), width, dtype=torch.float32)
@@ -255,7 +258,7 @@ def span_sums(
             value_weight.to(local.dtype).contiguous(), starts, lengths, protein, first, sums, n_proteins,
             D=channels, H=n_heads, K=d_key, K_PADDED=padded(d_key), V=d_value, V_PADDED=padded(d_value), SPAN=SPAN,
             M=c.rows, STAGES=c.stages, CHUNK=c.chunk, SCALE=LOG2_E.value / math.sqrt(d_key),
-            PRECISION=product_precision(local.dtype), RESIDUES=_RESIDUES_AT_ONCE if residues else 0, WIDTH=width,
+            PRECISION=precision, RESIDUES=_RESIDUES_AT_ONCE if residues else 0, WIDTH=width,
             num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
     return add_spans(SpanSums(sums, first), lengths, n_rows, longest)
@@ -276,11 +279,12 @@ def attention_weights(
     local = local.contiguous()
     (n_rows, channels), n_heads = local.shape, denominator.shape[1]
     d_key = len(key_weight) // n_heads
-    c = configuration(capability_of(local), channels, local.dtype)
+    precision = product_precision(local.dtype)
+    c = configuration(capability_of(local), channels, local.dtype, precision)
     weights = local.new_empty(n_rows, n_heads)
     weights_kernel[(triton.cdiv(n_rows, c.rows), n_heads)](
         local, query.contiguous(), key_weight.to(local.dtype).contiguous(), denominator, segments, weights, n_rows,
         D=channels, H=n_heads, K=d_key, K_PADDED=padded(d_key), M=c.rows, SCALE=LOG2_E.value / math.sqrt(d_key),
-        PRECISION=product_precision(local.dtype), num_warps=c.warps,
+        PRECISION=precision, num_warps=c.warps,
     )  # fmt: skip
     return weights

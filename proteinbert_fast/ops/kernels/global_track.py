@@ -15,7 +15,7 @@ from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels.activations import gelu, layer_norm, tanh
 from proteinbert_fast.ops.kernels.global_attention import SPAN, SpanSums, attention_weights, span_sums
-from proteinbert_fast.ops.kernels.launching import capability_of, padded, product_precision
+from proteinbert_fast.ops.kernels.launching import capability_of, has_matrix_units, padded, product_precision
 from proteinbert_fast.ops.recompute import recomputed
 from proteinbert_fast.ops.reference import (
     GlobalBlockWeights,
@@ -138,11 +138,11 @@ def global_track_kernel(
         tl.store(MEAN + rows[:, None] * D + columns[None, :], total / n_residues[:, None], mask=in_batch[:, None])
 
 
-def configuration(capability: int, dtype: torch.dtype) -> Configuration:
+def configuration(capability: int, dtype: torch.dtype, precision: str = "ieee") -> Configuration:
     """The shipped one for a device; as for the local block."""
     if capability == 0:  # Time in the interpreter goes by the number of operations, not by their sizes.
         return Configuration(64, 8, 3)
-    if dtype == torch.float32 or capability < 80:
+    if dtype == torch.float32 or not has_matrix_units(capability, dtype, precision):
         return Configuration(16, 8, 3)
     return Configuration(32, 8, 3)
 
@@ -166,7 +166,8 @@ def launch(
     """
     state = state.contiguous()
     dtype, (n_proteins, n_global) = state.dtype, state.shape
-    c = chosen or configuration(capability_of(state), dtype)
+    precision = product_precision(dtype)
+    c = chosen or configuration(capability_of(state), dtype, precision)
     w = weights
     n_queries = 0 if following is None else len(following.query_weight)
     n_next, n_last = (0, n_proteins) if following is None else (n_proteins, 0)
@@ -185,7 +186,7 @@ def launch(
             hidden, out, denominator, query, word, mean, n_proteins,
             G=n_global, G_PADDED=padded(n_global), H=n_heads, H_PADDED=padded(n_heads), V=n_global // n_heads,
             QUERIES=n_queries, QUERIES_PADDED=padded(n_queries), D=d_local, WIDTH=spans.sums.shape[1], M=_PROTEINS,
-            CHUNK=c.chunk, KEEP_DENOMINATOR=keep_denominator, PRECISION=product_precision(dtype),
+            CHUNK=c.chunk, KEEP_DENOMINATOR=keep_denominator, PRECISION=precision,
             EPSILON=LAYER_NORM_EPS, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
     return hidden, out, denominator, query, word, mean

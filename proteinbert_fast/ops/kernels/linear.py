@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels.activations import LOG2_E, activate
-from proteinbert_fast.ops.kernels.launching import capability_of, product_precision
+from proteinbert_fast.ops.kernels.launching import capability_of, has_matrix_units, product_precision
 from proteinbert_fast.ops.recompute import recomputed
 from proteinbert_fast.ops.reference import Message, MessageWeights
 
@@ -66,13 +66,13 @@ def _linear(
 ) -> Tensor:
     x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
     out = torch.empty(len(x), len(weight), dtype=out_dtype, device=x.device)
-    has_matrix_units = x.dtype != torch.float32 and capability_of(x) >= 80
-    n_rows = _MANY_ROWS if by_row and has_matrix_units else _ROWS
+    precision = product_precision(x.dtype)
+    n_rows = _MANY_ROWS if by_row and has_matrix_units(capability_of(x), x.dtype, precision) else _ROWS
     if len(x):
         linear_kernel[(triton.cdiv(len(x), n_rows), triton.cdiv(len(weight), _COLUMNS))](
             x, weight, x if bias is None else bias, out, len(x), x.shape[1], len(weight),
             HAS_BIAS=bias is not None, ACTIVATION=activation, M=n_rows, N=_COLUMNS, CHUNK=_INPUTS[x.dtype],
-            PRECISION=product_precision(x.dtype), num_warps=4 if n_rows == _ROWS else 8, num_stages=3,
+            PRECISION=precision, num_warps=4 if n_rows == _ROWS else 8, num_stages=3,
         )  # fmt: skip
     return out
 

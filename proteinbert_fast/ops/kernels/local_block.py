@@ -15,7 +15,13 @@ from torch import Tensor
 from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels.activations import gelu, kept_16_bit, layer_norm
-from proteinbert_fast.ops.kernels.launching import capability_of, is_interpreted, padded, product_precision
+from proteinbert_fast.ops.kernels.launching import (
+    capability_of,
+    has_matrix_units,
+    is_interpreted,
+    padded,
+    product_precision,
+)
 from proteinbert_fast.ops.recompute import recomputed
 from proteinbert_fast.ops.reference import Embedded, LocalBlockWeights
 from proteinbert_fast.packing import PackedBatch
@@ -171,19 +177,22 @@ def local_block_kernel(
         tl.store(LOCAL + at, local, mask=in_batch[:, None])
 
 
-def configuration(capability: int, channels: int, dtype: torch.dtype) -> Configuration:
+def configuration(capability: int, channels: int, dtype: torch.dtype, precision: str = "ieee") -> Configuration:
     """The shipped one for a device.
 
     Args:
         capability: 80 for 8.0; 0 in the interpreter.
         channels: D.
         dtype: of the states.
+        precision: "tf32" or "ieee", of float32 products.
     """
     wide = channels > 128
     if capability == 0:  # Time in the interpreter goes by the number of operations, not by their sizes.
         return Configuration(64, 32, 4, 2, False, dtype == torch.float32)
-    if dtype == torch.float32 or capability < 80:
+    if not has_matrix_units(capability, dtype, precision):
         return Configuration(16, 16, 4 if not wide else 8, 2, False, True)
+    if dtype == torch.float32:
+        return Configuration(64 if not wide else 32, 16, 8, 2, False, True)
     if capability >= 90:
         return Configuration(128 if not wide else 64, min(channels, 64), 8, 3, True, False)
     return Configuration(64, min(channels, 32), 4 if not wide else 8, 3, False, False)
@@ -232,7 +241,8 @@ def launch(
     """
     w = LocalBlockWeights(*weights)
     n_rows, channels, dtype = len(segments), x.shape[1], x.dtype
-    c = chosen or configuration(capability_of(x), channels, dtype)
+    precision = product_precision(dtype)
+    c = chosen or configuration(capability_of(x), channels, dtype, precision)
     # (out, in, taps) to (taps, in, out), narrow above wide: a tile of it is what a product takes.
     taps = torch.cat([w.narrow_weight.permute(2, 1, 0), w.wide_weight.permute(2, 1, 0)]).to(dtype)
     symbols = 0
@@ -261,7 +271,7 @@ def launch(
         w.norm1_weight, w.norm1_bias, w.dense_weight.to(dtype).contiguous(), w.dense_bias, w.norm2_weight, w.norm2_bias,
         hidden, local, gap, n_rows,
         D=channels, TAPS=w.narrow_weight.shape[-1], DILATION=wide_dilation, M=c.rows, CHUNK=min(c.chunk, channels),
-        STAGES=c.stages, DESCRIPTORS=c.descriptors, PRECISION=product_precision(dtype), KEEP_HIDDEN=keep_hidden,
+        STAGES=c.stages, DESCRIPTORS=c.descriptors, PRECISION=precision, KEEP_HIDDEN=keep_hidden,
         CHUNKED_DENSE=c.chunked_dense, EPSILON=LAYER_NORM_EPS, KEPT=dtype != torch.float32 and not is_interpreted(),
         SYMBOLS=symbols, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
