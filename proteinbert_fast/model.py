@@ -26,7 +26,7 @@ from proteinbert_fast.ops.reference import (
     Message,
     MessageWeights,
 )
-from proteinbert_fast.outputs import Head, PaddedOutput, ProteinBertOutput
+from proteinbert_fast.outputs import Head, Heads, PaddedOutput, ProteinBertOutput
 from proteinbert_fast.packing import PackedBatch
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ class ProteinBert(nn.Module):
         return f"{choice.operations.name} ({choice.reason})"
 
     def _choose(self) -> Choice:
-        device, dtype = self.token_embedding.weight.device, self._compute_dtype()
+        device, dtype = self.token_embedding.weight.device, self.compute_dtype()
         choice = backends.choose(self.backend, device, self.config, dtype)
         if self.backend == "auto" and choice.operations.name == "triton":
             from proteinbert_fast import self_check
@@ -246,7 +246,8 @@ class ProteinBert(nn.Module):
                 return Choice(backends.REFERENCE, f"the Triton kernels fail their self-check: {complaint}")
         return choice
 
-    def _compute_dtype(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that a forward pass would compute in now, autocast counted in."""
         weight = self.token_embedding.weight
         if torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64:
             return torch.get_autocast_dtype(weight.device.type)
@@ -299,11 +300,12 @@ class ProteinBert(nn.Module):
         weight = self.token_embedding.weight
         if batch.device != weight.device:
             raise InputError(f"the batch is on {batch.device}, the model on {weight.device}: use batch.to(device)")
-        _check_annotations(annotations, len(batch), self.config.n_annotations)
+        n_proteins = batch.lengths.shape[0]  # len(batch) would be a constant to torch.export
+        _check_annotations(annotations, n_proteins, self.config.n_annotations)
         operations = self._choose().operations
 
-        embedded = Embedded(batch.tokens, weight.to(self._compute_dtype()))
-        global_state = self.annotation_input(annotations, len(batch), operations)
+        embedded = Embedded(batch.tokens, weight.to(self.compute_dtype()))
+        global_state = self.annotation_input(annotations, n_proteins, operations)
         local_layers, global_layers, attention_layers = [], [global_state], []
         blocks = cast(list[Block], list(self.blocks))
         # Each block's global track also makes what the next block hears of it: one kernel then does all that.
@@ -328,10 +330,12 @@ class ProteinBert(nn.Module):
             hidden_global=tuple(global_layers) if hidden_states else None,
             attentions=tuple(attention_layers) if attentions else None,
             local_mean=mean,
-            residue_mean=operations.residue_mean,
-            token_head=self._head(self.token_head, operations.token_logits, operations.token_probabilities),
-            annotation_head=self._head(self.annotation_head, operations.go_logits, operations.go_probabilities),
-            sigmoid=operations.sigmoid,
+            heads=Heads(
+                self._head(self.token_head, operations.token_logits, operations.token_probabilities),
+                self._head(self.annotation_head, operations.go_logits, operations.go_probabilities),
+                operations.sigmoid,
+                operations.residue_mean,
+            ),
         )
 
     def _head(

@@ -48,6 +48,22 @@ class Head(NamedTuple):
     probabilities: Callable[[Tensor], Tensor] | None
 
 
+class Heads(NamedTuple):
+    """What an output computes when it is read.
+
+    Attributes:
+        token: the token head, of (R, d_local).
+        annotation: the GO head, of (B, d_global).
+        sigmoid: of GO logits.
+        residue_mean: means of (R, C) rows over each protein's residues.
+    """
+
+    token: Head
+    annotation: Head
+    sigmoid: Callable[[Tensor], Tensor]
+    residue_mean: Callable[[Tensor, PackedBatch], Tensor]
+
+
 class ProteinBertOutput:
     """The model's answer to a PackedBatch of B proteins in R rows.
 
@@ -58,6 +74,7 @@ class ProteinBertOutput:
         hidden_local: 2 * n_blocks tensors (R, d_local), after each norm of each block; None unless asked for.
         hidden_global: 1 + 2 * n_blocks tensors (B, d_global), the first before block 1; None unless asked for.
         attentions: n_blocks tensors (R, n_heads) that sum to 1 over each protein; None unless asked for.
+        heads: what computes the rest.
     """
 
     def __init__(
@@ -70,10 +87,7 @@ class ProteinBertOutput:
         hidden_global: tuple[Tensor, ...] | None,
         attentions: tuple[Tensor, ...] | None,
         local_mean: Tensor | None,
-        residue_mean: Callable[[Tensor, PackedBatch], Tensor],
-        token_head: Head,
-        annotation_head: Head,
-        sigmoid: Callable[[Tensor], Tensor],
+        heads: Heads,
     ) -> None:
         self.batch = batch
         self.local_rows = local_rows
@@ -82,10 +96,7 @@ class ProteinBertOutput:
         self.hidden_global = hidden_global
         self.attentions = attentions
         self._local_mean = local_mean
-        self._residue_mean = residue_mean
-        self._token_head = token_head
-        self._annotation_head = annotation_head
-        self._sigmoid = sigmoid
+        self.heads = heads
 
     @property
     def local(self) -> ByProtein:
@@ -104,31 +115,31 @@ class ProteinBertOutput:
         """
         if rows is None and self._local_mean is not None:
             return self._local_mean
-        return self._residue_mean(self.local_rows if rows is None else rows, self.batch)
+        return self.heads.residue_mean(self.local_rows if rows is None else rows, self.batch)
 
     @cached_property
     def token_logits(self) -> Tensor:
         """(R, 26); rows in gaps mean nothing."""
-        return self._token_head.logits(self.local_rows)
+        return self.heads.token.logits(self.local_rows)
 
     @cached_property
     def token_probabilities(self) -> Tensor:
         """(R, 26), at least float32; rows in gaps mean nothing."""
-        if self._token_head.probabilities is not None:
-            return self._token_head.probabilities(self.local_rows)
+        if self.heads.token.probabilities is not None:
+            return self.heads.token.probabilities(self.local_rows)
         return self.token_logits.softmax(-1, dtype=_at_least_float32(self.token_logits))
 
     @cached_property
     def go_logits(self) -> Tensor:
         """(B, n_annotations)."""
-        return self._annotation_head.logits(self.global_state)
+        return self.heads.annotation.logits(self.global_state)
 
     @cached_property
     def go_probabilities(self) -> Tensor:
         """(B, n_annotations), at least float32."""
-        if self._annotation_head.probabilities is not None:
-            return self._annotation_head.probabilities(self.global_state)
-        return self._sigmoid(self.go_logits.to(_at_least_float32(self.go_logits)))
+        if self.heads.annotation.probabilities is not None:
+            return self.heads.annotation.probabilities(self.global_state)
+        return self.heads.sigmoid(self.go_logits.to(_at_least_float32(self.go_logits)))
 
     def original_local(self, index: int) -> Tensor:
         """The original's concatenation of all local layers of one protein: (length, 2 * n_blocks * d_local + 26).

@@ -233,7 +233,7 @@ def global_attention(
         n_heads: H.
         return_weights: also return the softmax weights.
     """
-    n_proteins = len(query)
+    n_proteins = query.shape[0]
     keys = _by_head(torch.tanh(F.linear(local, key_weight)), n_heads)
     values = _by_head(gelu(F.linear(local, value_weight)), n_heads)
     accumulate = torch.promote_types(keys.dtype, torch.float32)
@@ -250,7 +250,7 @@ def global_attention(
 
 
 def _by_head(x: Tensor, n_heads: int) -> Tensor:
-    return x.view(len(x), n_heads, x.shape[1] // n_heads)
+    return x.view(x.shape[0], n_heads, x.shape[1] // n_heads)
 
 
 def message(global_state: Tensor, weights: MessageWeights) -> Message:
@@ -293,7 +293,7 @@ def residue_mean(rows: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor
     inside[starts[occupied]] = -1
     inside[(starts + lengths - 1)[occupied]] = -1
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return sum_by_protein(rows, inside, len(starts)) / (lengths - 2).clamp(min=1).unsqueeze(-1)
+    return sum_by_protein(rows, inside, starts.shape[0]) / (lengths - 2).clamp(min=1).unsqueeze(-1)
 
 
 def token_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:

@@ -218,14 +218,14 @@ def _(
     segments: Tensor, span_protein: Tensor, first_span: Tensor, n_heads: int, longest: int, return_attention: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     following = _unflattened(weights).following
-    n_proteins, d_local = len(state), local.shape[1]
+    n_proteins, d_local = state.shape[0], local.shape[1]
     n_next, n_last = (0, n_proteins) if following is None else (n_proteins, 0)
     return (
         torch.empty_like(state),
         torch.empty_like(state),
         state.new_empty(n_next, 0 if following is None else len(following.query_weight), dtype=torch.float32),
         state.new_empty(n_next, d_local),
-        local.new_empty(len(local) if return_attention else 0, n_heads),
+        local.new_empty(local.shape[0] if return_attention else 0, n_heads),
         state.new_empty(n_last, d_local, dtype=torch.float32),
     )
 

@@ -20,8 +20,10 @@ def product_precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "ieee"
     # allow_tf32 may not be read once a program has used the settings that replace it.
-    precision = torch.backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if "tf32" in (precision, precision == "none" and torch.backends.fp32_precision) else "ieee"
+    precision = torch.backends.cuda.matmul.fp32_precision
+    if precision == "none":
+        precision = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if precision == "tf32" else "ieee"
 
 
 def has_matrix_units(capability: int, dtype: torch.dtype, precision: str) -> bool:

@@ -79,7 +79,7 @@ def _linear(
 
 @_linear.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype, by_row: bool) -> Tensor:
-    return x.new_empty(len(x), len(weight), dtype=out_dtype)
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
 
 
 def linear(

@@ -211,7 +211,7 @@ def _(
     x: Tensor, tokens: Tensor | None, broadcast: Tensor, segments: Tensor, weights: list[Tensor],
     gap: int, wide_dilation: int, keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = len(segments), x.shape[1]
+    shape = segments.shape[0], x.shape[1]
     return x.new_empty(shape if keep_hidden else (0, x.shape[1])), x.new_empty(shape)
 
 

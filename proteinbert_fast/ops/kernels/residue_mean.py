@@ -56,7 +56,7 @@ def _residue_mean(
 
 @_residue_mean.register_fake
 def _(x: Tensor, starts: Tensor, lengths: Tensor, span_protein: Tensor, first_span: Tensor, longest: int) -> Tensor:
-    return x.new_empty(len(starts), x.shape[1], dtype=torch.float32)
+    return x.new_empty(starts.shape[0], x.shape[1], dtype=torch.float32)
 
 
 def residue_mean(rows: Tensor, batch: PackedBatch) -> Tensor:
