@@ -1,0 +1,256 @@
+"""The local block for Hopper: emulated on the CPU everywhere, and on the chip where there is one."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from proteinbert_fast.config import LAYER_NORM_EPS
+from proteinbert_fast.ops import reference
+from proteinbert_fast.ops.kernels import local_block_hopper
+from proteinbert_fast.ops.kernels.launching import capability_of
+from proteinbert_fast.ops.kernels.local_block import HopperConfiguration, implementation, launch, portable_because
+
+from .conftest import IS_INTERPRETED
+from .gluon_emulator import Descriptor, EmulationError, Pointer, run
+from .test_operations import TOLERANCE, Case, close, config_of
+
+CPU = torch.device("cpu")
+HALF = [torch.bfloat16, torch.float16]
+SHIPPED = local_block_hopper.configuration(128)
+
+
+def no_hopper() -> str | None:
+    """Why the kernel cannot run here on a chip."""
+    if IS_INTERPRETED or not torch.cuda.is_available():
+        return "needs a GPU"
+    return portable_because(capability_of(torch.empty(0, device="cuda")), 128, torch.bfloat16)
+
+
+on_hopper = pytest.mark.skipif(no_hopper() is not None, reason=no_hopper() or "")
+
+
+def emulate(
+    case: Case, c: HopperConfiguration = SHIPPED, keep_hidden: bool = True, module: ModuleType = local_block_hopper
+) -> tuple[Tensor, Tensor]:
+    """As ``launch``, the kernel emulated and outputs poisoned with NaN."""
+    x, batch, w = case.x, case.batch, case.block.local_weights()
+    n_rows, d = x.shape
+    hidden, local = (torch.full_like(x, float("nan")) for _ in range(2))
+    stream = module.weight_stream(w, x.dtype).detach()
+    with torch.no_grad():
+        run(
+            module.local_block_hopper_kernel, range(triton.cdiv(n_rows - batch.gap, c.rows)), x,
+            Descriptor(stream, [c.chunk, d], module.weight_layout()), case.word, batch.segments,
+            *(t.detach() for t in (w.narrow_bias, w.wide_bias, w.norm1_weight, w.norm1_bias, w.dense_bias,
+                                   w.norm2_weight, w.norm2_bias)),
+            hidden, local, batch.gap, n_rows, warps=c.warps, D=d, TAPS=w.narrow_weight.shape[-1], DILATION=5,
+            M=c.rows, CHUNK=c.chunk, STAGES=c.stages, HALO=module.HALO, KEEP_HIDDEN=keep_hidden,
+            EPSILON=LAYER_NORM_EPS,
+        )  # fmt: skip
+    return hidden[batch.gap :], local[batch.gap :]
+
+
+def on_chip(case: Case, c: HopperConfiguration = SHIPPED, keep_hidden: bool = True) -> tuple[Tensor, Tensor]:
+    weights = list(case.block.local_weights())
+    with torch.no_grad():
+        hidden, local = launch(
+            case.x, case.word, case.batch.segments, weights, case.batch.gap, 5, keep_hidden, c
+        )
+    assert not local[: case.batch.gap].any()
+    return hidden[case.batch.gap :], local[case.batch.gap :]
+
+
+RUNS = [pytest.param(emulate, CPU, id="emulated"), pytest.param(on_chip, torch.device("cuda"), id="chip", marks=on_hopper)]
+
+
+def check(case: Case, hidden: Tensor | None, local: Tensor) -> None:
+    gap = case.batch.gap
+    with torch.no_grad():
+        right = reference.local_block(
+            case.x.double(), case.word.double(), case.batch.segments, case.exact.local_weights(), 5
+        )
+    outside = ~case.inside[gap:, 0]
+    for found, expected in ((hidden, right.hidden), (local, right.local)):
+        if found is not None:
+            close(found, expected[gap:], TOLERANCE[case.x.dtype])
+            assert not found[outside].any()
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("runs", "where"), RUNS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("residues", [(0,), (1, 1), (13, 0, 7), (61, 62, 63), (106,), (300, 1, 109)], ids=str)
+def test_equals_the_reference(residues, dtype, runs, where):
+    case = Case(config_of(128), residues, dtype, where)
+    hidden, local = runs(case)
+    check(case, hidden, local)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("runs", "where"), RUNS)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        HopperConfiguration(64, 64, 4, 3, None),
+        HopperConfiguration(128, 64, 4, 3, None),
+        HopperConfiguration(128, 32, 8, 6, 128),
+        HopperConfiguration(128, 64, 8, 2, 128),
+        HopperConfiguration(256, 64, 8, 6, None),
+        HopperConfiguration(256, 128, 8, 3, None),
+    ],
+    ids=str,
+)
+def test_every_configuration_gives_the_same_bits(chosen, runs, where):
+    case = Case(config_of(128), (150, 3, 140), torch.bfloat16, where)
+    hidden, local = runs(case, chosen)
+    check(case, hidden, local)
+    for ours, shipped in zip((hidden, local), runs(case), strict=True):
+        assert torch.equal(ours, shipped)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("runs", "where"), RUNS)
+@pytest.mark.parametrize("sizes", [{"d_local": 64}, {"d_local": 128, "kernel_size": 3}, {"d_local": 64, "kernel_size": 5}], ids=str)
+def test_other_sizes(sizes, runs, where):
+    config = type(config_of(128))(n_annotations=3, n_blocks=1, d_global=96, n_heads=2, d_key=32, **sizes)
+    case = Case(config, (70, 3, 90), torch.bfloat16, where)
+    check(case, *runs(case, local_block_hopper.configuration(config.d_local)))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("runs", "where"), RUNS)
+def test_without_hidden_states(runs, where):
+    case = Case(config_of(128), (100, 41), torch.bfloat16, where)
+    _, local = runs(case, SHIPPED, False)
+    assert torch.equal(local, runs(case)[1])
+
+
+@pytest.mark.parametrize(("runs", "where"), RUNS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_the_same_bits_wherever_a_protein_lies(dtype, runs, where):
+    alone = Case(config_of(128), (75,), dtype, where)
+    together = Case(config_of(128), (31, 75, 8), dtype, where)
+    start, length = int(together.batch.starts[1]), int(together.batch.lengths[1])
+    first = int(alone.batch.starts[0])
+    together.x[start : start + length] = alone.x[first : first + length]
+    together.word[1] = alone.word[0]
+    gap = alone.batch.gap
+    for a, b in zip(runs(alone), runs(together), strict=True):
+        assert torch.equal(a[first - gap :][:length], b[start - gap :][:length])
+
+
+@pytest.mark.parametrize(("runs", "where"), RUNS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_stay_in_their_protein(value, runs, where):
+    case = Case(config_of(128), (50, 50), torch.bfloat16, where)
+    place = int(case.batch.starts[1]) + 7
+    case.x[place, 3] = value
+    case.word[1] = value
+    _, local = runs(case)
+    assert local[place - case.batch.gap].isnan().all()
+    assert not local[~case.inside[case.batch.gap :, 0]].any()
+    assert case.batch.unpack(torch.cat([case.x[: case.batch.gap], local]))[0].isfinite().all()
+
+
+def test_offsets_beyond_32_bits():
+    """The last tile of 30 million rows, of which only these are there."""
+    case = Case(config_of(128), (60,), torch.bfloat16, CPU)
+    shorter, local_of_shorter = case.batch.n_rows, emulate(case)[1]
+    w, gap, program = case.block.local_weights(), case.batch.gap, 234_567
+    shift = program * SHIPPED.rows
+    n_rows = shift + shorter
+    local = torch.full_like(case.x, float("nan"))
+    there = {name: Pointer(t, origin=shift * t[0].numel()) for name, t in
+             {"x": case.x, "local": local, "segments": case.batch.segments}.items()}  # fmt: skip
+    with torch.no_grad():
+        run(
+            local_block_hopper.local_block_hopper_kernel, [program], there["x"],
+            Descriptor(local_block_hopper.weight_stream(w, case.x.dtype).detach(), [SHIPPED.chunk, 128],
+                       local_block_hopper.weight_layout()),
+            case.word, there["segments"],
+            *(t.detach() for t in (w.narrow_bias, w.wide_bias, w.norm1_weight, w.norm1_bias, w.dense_bias,
+                                   w.norm2_weight, w.norm2_bias)),
+            there["local"], there["local"], gap, n_rows, warps=8, D=128, TAPS=9, DILATION=5, M=SHIPPED.rows,
+            CHUNK=SHIPPED.chunk, STAGES=SHIPPED.stages, HALO=local_block_hopper.HALO, KEEP_HIDDEN=False,
+            EPSILON=LAYER_NORM_EPS,
+        )  # fmt: skip
+    assert n_rows * 128 > 2**31
+    assert torch.equal(local[gap:], local_of_shorter)
+
+
+PLANTED = {
+    "a wrong phase": ("(step // STAGES) & 1", "(step // STAGES + 1) & 1", "still writing"),
+    "a refill before its products are done": ("num_outstanding=1", "num_outstanding=2", "still writing"),
+    "a refill of the wrong stage": ("step - 1 + STAGES", "step + STAGES", "still writing|more arrivals"),
+    "no refill at a convolution's end": ("first_step + (TAPS * PER_TAP - 1 + STAGES)", "STEPS", "never ends"),
+    "a narrow convolution one row off": ("0, REACH - TAPS // 2, 1", "0, REACH - TAPS // 2 + 1, 1", None),
+    "a residual one row off": ("x.index(REACH)", "x.index(REACH + 1)", None),
+    "a wrong dilation": ("PER_TAP, 0, DILATION", "PER_TAP, 0, DILATION - 1", None),
+    "channels in another order": ("(CHUNK // 8 * ROWS)", "(CHUNK // 16 * ROWS)", None),
+    "a halo too short": ("more < 2 * REACH", "more < REACH", None),
+    "no mask at the array's end": ("(rows < left + REACH)", "(rows < M)", "outside its array"),
+    "no mask for stores": ("in_batch = (rows < left)", "in_batch = (rows < M)", "outside its array"),
+    "no wait for x": ("async_copy.wait_group(0)", "async_copy.wait_group(1)", "still writing|nobody waited"),
+    "no fence after x": ("wait_group(0)\n    fence_async_shared()", "wait_group(0)", "no fence and barrier"),
+    "no barrier after hidden states": ("fence_async_shared()\n    gl.thread_barrier()\n    in", "fence_async_shared()\n    in", "no fence and barrier"),
+    "no fence after barriers": ("fence_async_shared()\n    for", "for", "no fence between"),
+    "gap rows left": ("gl.where(inside, local, 0.0)", "(local + gl.where(inside, 0.0, 0.0))", None),
+    "32-bit offsets": ("gl.program_id(0).to(gl.int64)", "gl.program_id(0)", None),
+}  # fmt: skip
+
+
+def planted(name: str, folder: Path) -> ModuleType:
+    """The kernel with one mistake."""
+    old, new, _ = PLANTED[name]
+    source = Path(local_block_hopper.__file__).read_text()
+    assert source.count(old) >= 1
+    path = folder / "planted_hopper.py"
+    path.write_text(source.replace(old, new, 1))
+    spec = importlib.util.spec_from_file_location("planted_hopper", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", [name for name in PLANTED if name != "32-bit offsets"])
+def test_a_planted_mistake_is_found(name, tmp_path):
+    case = Case(config_of(128), (40, 75), torch.bfloat16, CPU)
+    module = planted(name, tmp_path)
+    says = PLANTED[name][2]
+    with pytest.raises(EmulationError if says else AssertionError, match=says):
+        check(case, *emulate(case, module=module))
+
+
+def test_32_bit_offsets_are_found(monkeypatch, tmp_path):
+    module = planted("32-bit offsets", tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "local_block_hopper", module)
+    with pytest.raises(AssertionError):
+        test_offsets_beyond_32_bits()
+
+
+def test_what_is_unsupported_is_told(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    told = local_block_hopper.unsupported
+    assert told(128, torch.bfloat16, 9, 5, 20) is None
+    assert "d_local is 256, not 64 or 128" in told(256, torch.bfloat16, 9, 5, 20)
+    assert "the dtype is float32" in told(128, torch.float32, 9, 5, 20)
+    assert "9 taps 9 rows apart reach 36 rows" in told(128, torch.bfloat16, 9, 9, 40)
+    assert "the gap (10 rows)" in told(128, torch.bfloat16, 9, 5, 10)
+    assert "8 taps" in told(128, torch.bfloat16, 8, 5, 20)
+    assert implementation(90, 128, torch.bfloat16) == "hopper (the tile of x stays in shared memory)"
+    assert implementation(80, 128, torch.bfloat16) == "portable (the compute capability is 8.0, not 9.0)"
+    monkeypatch.setattr(triton, "__version__", "3.9.0")
+    assert implementation(90, 128, torch.bfloat16).startswith("portable (triton is 3.9.0; 3.6 is")
+
+
+def test_importing_the_kernels_leaves_gluon_alone():
+    import subprocess
+
+    code = "import sys, proteinbert_fast.ops.kernels; sys.exit('triton.experimental.gluon.nvidia' in sys.modules or 'proteinbert_fast.ops.kernels.local_block_hopper' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
