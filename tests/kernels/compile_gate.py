@@ -47,8 +47,8 @@ BUDGETS: dict[tuple[str, int, str, int], Budget] = {
     ("local_block", 80, "bfloat16", 256): Budget(local_loads=64),
     ("local_block", 80, "float16", 128): Budget(local_loads=4),
     ("local_block_hopper", 90, "bfloat16", 64): Budget(programs=2),
-    ("local_block_hopper", 90, "bfloat16", 128): Budget(local_loads=6, programs=2),
-    ("local_block_hopper", 90, "float16", 128): Budget(local_loads=6, programs=2),
+    ("local_block_hopper", 90, "bfloat16", 128): Budget(local_loads=8, programs=2),
+    ("local_block_hopper", 90, "float16", 128): Budget(local_loads=8, programs=2),
 }
 for _capability in CAPABILITIES:
     BUDGETS["global_track", _capability, "float32", 128] = Budget(local_loads=140, matrix=0)
@@ -127,7 +127,7 @@ def compile_here(target: Target) -> dict[str, Any]:
     heads = {"D": d, "H": 4, "K": 64, "K_PADDED": 64, "SCALE": 0.18, "PRECISION": "ieee"}
     options: dict[str, Any] = {}
     if target.kernel == "local_block_hopper":
-        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource  # noqa: N811
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
 
         from proteinbert_fast.ops.kernels import local_block_hopper as module
 

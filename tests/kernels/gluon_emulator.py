@@ -1,17 +1,17 @@
 """Runs a Gluon kernel for Hopper on the CPU: the operations that ``local_block_hopper.py`` uses, and no others.
 
-Triton's interpreter does not know Gluon. Here a kernel's own Python code runs with these operations in place of Gluon's,
-one program after another, on tiles that are torch tensors. Shared memory is bytes at addresses, and layouts are the
-real ones. What the hardware leaves open goes the worst way it may, so that a mistake shows every time:
+Triton's interpreter does not know Gluon. Here a kernel's own Python code runs with these operations in place of
+Gluon's, one program after another, on tiles that are torch tensors. Shared memory is bytes at addresses, and layouts
+are the real ones. What the hardware leaves open goes the worst way it may, so that a mistake shows every time:
 
 - shared memory begins as NaN, and a copy's target is NaN from its start until somebody has rightly waited for it;
 - products read their operands both when they are issued and when they are waited for, and these must be equal;
 - products see what threads wrote only after a fence and then a barrier;
 - a barrier's wait for a phase that is past returns at once, for one that cannot end it raises.
 
-Not emulated: the threads of a program are one. Where Gluon's compiler places barriers between threads by itself (a
-load after a store of other threads, a refill after products of other warps) is in the machine code, not in the kernel.
-Nor are registers' layouts: the compiler refuses those that do not fit.
+Not emulated: the threads of a program are one. The barriers that Gluon's compiler places between threads by itself
+(before a refill after products of other warps, for one) are in the machine code and not in the kernel: the compile gate
+looks for them there. Nor are registers' layouts: the compiler refuses those that do not fit.
 """
 
 import types
@@ -202,7 +202,7 @@ class Program:
         return arrive
 
     def operand(self, view: Shared) -> Tensor:
-        require(bool((self.seen[view.places()] == VISIBLE).all()), "products of what no fence and barrier follow")
+        require(bool((self.seen[view.places()] == VISIBLE).all()), "products of what no fence and barrier came after")
         return view.read()
 
     def end_products(self, left: int) -> None:

@@ -186,9 +186,10 @@ def portable_because(
         wide_dilation: rows between the taps of the wide one.
         gap: zero rows before the first protein.
     """
+    if capability == 0:
+        return "Triton's interpreter does not know Gluon"
     if capability != 90:
-        where = f"the compute capability is {capability / 10}, not 9.0" if capability else "Triton's interpreter"
-        return where
+        return f"the compute capability is {capability / 10}, not 9.0"
     from proteinbert_fast.ops.kernels import local_block_hopper
 
     return local_block_hopper.unsupported(channels, dtype, taps, wide_dilation, gap)

@@ -64,7 +64,9 @@ def _copying(rows, channels, warps):
 
 
 @gluon.jit
-def _fetch_weights(W_TILES, ring, full, step, D: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr):
+def _fetch_weights(
+    W_TILES, ring, full, step, D: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr
+):
     """Starts the copy of a step's weights into its stage; nothing for steps that there are not."""
     wanted = step < STEPS
     stage = step % STAGES
