@@ -16,7 +16,7 @@ looks for them there. Nor are registers' layouts: the compiler refuses those tha
 
 import types
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -398,11 +398,18 @@ def run(kernel: Any, programs: Iterable[int], *arguments: Any, warps: int, **con
     Args:
         kernel: made by ``gluon.jit``.
         programs: their numbers.
-        arguments: numbers, tensors or Pointers, and Descriptors.
+        arguments: numbers, tensors or Pointers, and tensor descriptors.
         warps: of a program.
         constants: compile-time arguments.
     """
-    arguments = tuple(Pointer(a) if isinstance(a, Tensor) else a for a in arguments)
+    arguments = tuple(
+        Pointer(a)
+        if isinstance(a, Tensor)
+        else Descriptor(a.base, a.block_shape, a.layout)
+        if hasattr(a, "base")
+        else a
+        for a in arguments
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # Tiles are small: threads would wait for each other most of the time.
     try:
@@ -412,3 +419,16 @@ def run(kernel: Any, programs: Iterable[int], *arguments: Any, warps: int, **con
             program.end()
     finally:
         torch.set_num_threads(threads)
+
+
+class Emulated:
+    """Stands in for a kernel where it is launched: ``kernel[grid](...)``."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return partial(self._launch, range(*grid))
+
+    def _launch(self, programs: range, *arguments: Any, num_warps: int, maxnreg: int | None, **constants: Any) -> None:
+        run(self.kernel, programs, *arguments, warps=num_warps, **constants)

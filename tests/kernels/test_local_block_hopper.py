@@ -3,9 +3,9 @@
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,11 +17,13 @@ from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels import local_block_hopper
 from proteinbert_fast.ops.kernels.launching import capability_of
 from proteinbert_fast.ops.kernels.local_block import HopperConfiguration, implementation, launch, portable_because
+from proteinbert_fast.ops.reference import LocalBlockWeights
 
 from .conftest import IS_INTERPRETED
-from .gluon_emulator import Descriptor, EmulationError, Pointer, run
+from .gluon_emulator import Descriptor, Emulated, EmulationError, Pointer, run
 from .test_operations import TOLERANCE, Case, close, config_of
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 CPU = torch.device("cpu")
 HALF = [torch.bfloat16, torch.float16]
 SHIPPED = local_block_hopper.configuration(128)
@@ -37,61 +39,42 @@ def no_hopper() -> str | None:
 on_hopper = pytest.mark.skipif(no_hopper() is not None, reason=no_hopper() or "")
 
 
-def emulate_programs(
-    programs: Iterable[int], case: Case, c: HopperConfiguration, x: Tensor | Pointer, segments: Tensor | Pointer,
-    hidden: Tensor | Pointer, local: Tensor | Pointer, n_rows: int, keep_hidden: bool, module: ModuleType,
-) -> None:  # fmt: skip
-    """Some programs of the kernel on these arrays, with all else of the case."""
-    w, d = case.block.local_weights(), case.config.d_local
-    w = type(w)(*(t.detach() for t in w))
-    tiles = Descriptor(module.weight_stream(w, case.x.dtype), [c.chunk, d], module.weight_layout())
-    run(
-        module.local_block_hopper_kernel, programs, x, tiles, case.word, segments, w.narrow_bias, w.wide_bias,
-        w.norm1_weight, w.norm1_bias, w.dense_bias, w.norm2_weight, w.norm2_bias, hidden, local, case.batch.gap,
-        n_rows, warps=c.warps, D=d, TAPS=case.config.kernel_size, DILATION=5, M=c.rows, CHUNK=c.chunk,
-        STAGES=c.stages, HALO=module.HALO, KEEP_HIDDEN=keep_hidden, EPSILON=LAYER_NORM_EPS,
-    )  # fmt: skip
-
-
 def emulate(
     case: Case, c: HopperConfiguration = SHIPPED, keep_hidden: bool = True, module: ModuleType = local_block_hopper
 ) -> tuple[Tensor, Tensor]:
-    """As ``launch``, the kernel emulated and outputs poisoned with NaN."""
-    x, batch = case.x, case.batch
-    hidden, local = (torch.full_like(x, float("nan")) for _ in range(2))
-    programs = range(triton.cdiv(batch.n_rows - batch.gap, c.rows))
-    emulate_programs(programs, case, c, x, batch.segments, hidden, local, batch.n_rows, keep_hidden, module)
-    return hidden[batch.gap :], local[batch.gap :]
+    """What is launched, emulated."""
+    with patch.object(module, "local_block_hopper_kernel", Emulated(module.local_block_hopper_kernel)):
+        return launched(case, c, keep_hidden, module)
 
 
-def on_chip(case: Case, c: HopperConfiguration = SHIPPED, keep_hidden: bool = True) -> tuple[Tensor, Tensor]:
-    weights = list(case.block.local_weights())
+def launched(
+    case: Case, c: HopperConfiguration = SHIPPED, keep_hidden: bool = True, module: ModuleType = local_block_hopper
+) -> tuple[Tensor, Tensor]:
+    """Hidden and local states (R, D)."""
+    weights, batch = case.block.local_weights(), case.batch
     with torch.no_grad():
-        hidden, local = launch(case.x, case.word, case.batch.segments, weights, case.batch.gap, 5, keep_hidden, c)
-    assert not local[: case.batch.gap].any()
-    return hidden[case.batch.gap :], local[case.batch.gap :]
+        if module is local_block_hopper:
+            return launch(case.x, case.word, batch.segments, list(weights), batch.gap, 5, keep_hidden, c)
+        return module.launch(case.x, case.word, batch.segments, weights, batch.gap, 5, keep_hidden, c)
 
 
 RUNS = [
     pytest.param(emulate, CPU, id="emulated"),
-    pytest.param(on_chip, torch.device("cuda"), id="chip", marks=on_hopper),
+    pytest.param(launched, torch.device("cuda"), id="chip", marks=on_hopper),
 ]
 
 
 def check(case: Case, hidden: Tensor | None, local: Tensor) -> None:
-    gap = case.batch.gap
     with torch.no_grad():
         right = reference.local_block(
             case.x.double(), case.word.double(), case.batch.segments, case.exact.local_weights(), 5
         )
-    outside = ~case.inside[gap:, 0]
     for found, expected in ((hidden, right.hidden), (local, right.local)):
         if found is not None:
-            close(found, expected[gap:], TOLERANCE[case.x.dtype])
-            assert not found[outside].any()
+            close(found, expected, TOLERANCE[case.x.dtype])
+            assert not found[~case.inside[:, 0]].any()
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("runs", "where"), RUNS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("residues", [(0,), (1, 1), (13, 0, 7), (61, 62, 63), (106,), (300, 1, 109)], ids=str)
@@ -101,7 +84,6 @@ def test_equals_the_reference(residues, dtype, runs, where):
     check(case, hidden, local)
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("runs", "where"), RUNS)
 @pytest.mark.parametrize(
     "chosen",
@@ -123,7 +105,6 @@ def test_every_configuration_gives_the_same_bits(chosen, runs, where):
         assert torch.equal(ours, shipped)
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("runs", "where"), RUNS)
 @pytest.mark.parametrize(
     "sizes", [{"d_local": 64}, {"d_local": 128, "kernel_size": 3}, {"d_local": 64, "kernel_size": 5}], ids=str
@@ -134,7 +115,6 @@ def test_other_sizes(sizes, runs, where):
     check(case, *runs(case, local_block_hopper.configuration(config.d_local)))
 
 
-@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("runs", "where"), RUNS)
 def test_without_hidden_states(runs, where):
     case = Case(config_of(128), (100, 41), torch.bfloat16, where)
@@ -151,9 +131,8 @@ def test_the_same_bits_wherever_a_protein_lies(dtype, runs, where):
     first = int(alone.batch.starts[0])
     together.x[start : start + length] = alone.x[first : first + length]
     together.word[1] = alone.word[0]
-    gap = alone.batch.gap
     for a, b in zip(runs(alone), runs(together), strict=True):
-        assert torch.equal(a[first - gap :][:length], b[start - gap :][:length])
+        assert torch.equal(a[first : first + length], b[start : start + length])
 
 
 @pytest.mark.parametrize(("runs", "where"), RUNS)
@@ -164,22 +143,29 @@ def test_numbers_that_are_none_stay_in_their_protein(value, runs, where):
     case.x[place, 3] = value
     case.word[1] = value
     _, local = runs(case)
-    assert local[place - case.batch.gap].isnan().all()
-    assert not local[~case.inside[case.batch.gap :, 0]].any()
-    assert case.batch.unpack(torch.cat([case.x[: case.batch.gap], local]))[0].isfinite().all()
+    assert local[place].isnan().all()
+    assert not local[~case.inside[:, 0]].any()
+    assert case.batch.unpack(local)[0].isfinite().all()
 
 
 def emulate_last_of_many(module: ModuleType) -> None:
     """The last tile of 30 million rows, of which only these are there, against the same rows as a batch."""
     case = Case(config_of(128), (60,), torch.bfloat16, CPU)
-    program = 234_567
-    shift = program * SHIPPED.rows
+    c, gap, program = SHIPPED, case.batch.gap, 234_567
+    shift = program * c.rows
     n_rows = shift + case.batch.n_rows
     assert n_rows * 128 > 2**31
     local = torch.full_like(case.x, float("nan"))
     x, segments, out = (Pointer(t, origin=shift * t[0].numel()) for t in (case.x, case.batch.segments, local))
-    emulate_programs([program], case, SHIPPED, x, segments, out, out, n_rows, False, module)
-    assert torch.equal(local[case.batch.gap :], emulate(case)[1])
+    w = LocalBlockWeights(*(t.detach() for t in case.block.local_weights()))
+    tiles = Descriptor(module.weight_stream(w, case.x.dtype), [c.chunk, 128], module.weight_layout())
+    run(
+        module.local_block_hopper_kernel, [program], x, tiles, case.word, segments, w.narrow_bias, w.wide_bias,
+        w.norm1_weight, w.norm1_bias, w.dense_bias, w.norm2_weight, w.norm2_bias, out, out, gap, n_rows,
+        warps=c.warps, D=128, TAPS=9, DILATION=5, M=c.rows, CHUNK=c.chunk, STAGES=c.stages, HALO=module.HALO,
+        KEEP_HIDDEN=False, EPSILON=LAYER_NORM_EPS,
+    )  # fmt: skip
+    assert torch.equal(local[gap:], emulate(case)[1][gap:])
 
 
 def test_offsets_beyond_32_bits():
