@@ -94,6 +94,7 @@ def test_equals_the_reference(residues, dtype, runs, where):
         HopperConfiguration(128, 64, 8, 2, 128),
         HopperConfiguration(256, 64, 8, 6, None),
         HopperConfiguration(256, 128, 8, 3, None),
+        HopperConfiguration(256, 64, 16, 6, 128),
     ],
     ids=str,
 )

@@ -57,7 +57,8 @@ def _copying(rows, channels, warps):
         + [[0, 1 << i] for i in range(5, channels.bit_length() - 1)]
         + [[1 << i, 0] for i in range(3 + warp_bits, rows.bit_length() - 1)],
         lane_bases=[[1, 0], [2, 0], [4, 0], [0, 8], [0, 16]],
-        warp_bases=[[8 << i, 0] for i in range(warp_bits)],
+        # Of more warps than there are rows for, some do the same as others.
+        warp_bases=[[8 << i if 8 << i < rows else 0, 0] for i in range(warp_bits)],
         block_bases=[],
         shape=[rows, channels],
     )
