@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SHARED_MEMORY = {75: 64, 80: 163, 90: 227, 100: 227}  # KB that one program may use
+REGISTERS = 65536  # of a multiprocessor
 CAPABILITIES = tuple(SHARED_MEMORY)
 # "tf32" is float32 whose products may be rounded, by the user's setting.
 NAMES = {"float32": "fp32", "tf32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -32,10 +33,12 @@ class Budget:
     Attributes:
         local_loads: instructions that read spilled registers.
         matrix: instructions of the matrix units there must be; 0 where float32 is computed exactly, without them.
+        programs: that must fit on one multiprocessor together.
     """
 
     local_loads: int = 0
     matrix: int = 1
+    programs: int = 1
 
 
 # Kernel, capability, dtype, d_local: what differs from no spills at all and matrix units in use. Measured with both
@@ -50,6 +53,9 @@ BUDGETS: dict[tuple[str, int, str, int], Budget] = {
     ("first_block", 80, "bfloat16", 128): Budget(local_loads=48),
     ("first_block", 80, "bfloat16", 256): Budget(local_loads=48),
     ("first_block", 80, "float16", 128): Budget(local_loads=48),
+    ("local_block_hopper", 90, "bfloat16", 64): Budget(programs=2),
+    ("local_block_hopper", 90, "bfloat16", 128): Budget(local_loads=8, programs=2),
+    ("local_block_hopper", 90, "float16", 128): Budget(local_loads=8, programs=2),
 }
 for _capability in CAPABILITIES:
     BUDGETS["global_track", _capability, "float32", 128] = Budget(local_loads=140, matrix=0)
@@ -100,7 +106,21 @@ def targets() -> list[Target]:
             found.append(Target("token_head", capability, half, 128))
             found.append(Target("first_block", capability, half, 256))
         found += [Target(name, capability, half, 128) for name in ("add_spans", "residue_mean")]
-    return found
+    return found + hopper_targets()
+
+
+def hopper_targets() -> list[Target]:
+    """Of the local block's own kernel for Hopper, under versions of Triton that can compile it."""
+    import torch
+
+    from proteinbert_fast.ops.kernels.local_block import portable_because
+
+    sizes = (("bfloat16", 64), ("bfloat16", 128), ("float16", 128))
+    return [
+        Target("local_block_hopper", 90, dtype, d_local)
+        for dtype, d_local in sizes
+        if portable_because(90, d_local, getattr(torch, dtype)) is None
+    ]
 
 
 def compile_here(target: Target) -> dict[str, Any]:
@@ -120,7 +140,19 @@ def compile_here(target: Target) -> dict[str, Any]:
     types: dict[str, str] = {"n_proteins": "i32", "n_rows": "i32", "SUMS": "*fp32", "FIRST_SPAN": "*i64"}
     types |= {"STARTS": "*i64", "LENGTHS": "*i64", "SPAN_PROTEIN": "*i32", "SEGMENTS": "*i32", "QUERY": "*fp32"}
     heads = {"D": d, "H": 4, "K": 64, "K_PADDED": 64, "SCALE": 0.18, "PRECISION": precision}
-    if target.kernel in {"local_block", "first_block"}:
+    options: dict[str, Any] = {}
+    if target.kernel == "local_block_hopper":
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
+
+        from proteinbert_fast.ops.kernels import local_block_hopper as module
+
+        kernel, c = module.local_block_hopper_kernel, module.configuration(d)._replace(**target.changes)
+        types |= {"W_TILES": f"tensordesc<{name}[{c.chunk}, {d}],{module.weight_layout()!r}>", "first": "i32"}
+        constants = {"D": d, "TAPS": 9, "DILATION": 5, "M": c.rows, "CHUNK": c.chunk, "STAGES": c.stages,
+                     "HALO": module.HALO, "KEEP_HIDDEN": False, "EPSILON": 1e-3}  # fmt: skip
+        warps, stages = c.warps, c.stages
+        options = {} if c.registers is None else {"maxnreg": c.registers}
+    elif target.kernel in {"local_block", "first_block"}:
         kernel = modules["local_block"].local_block_kernel
         c = modules["local_block"].configuration(capability, d, dtype, precision)._replace(**target.changes)
         chunk, symbols = min(c.chunk, d), 32 if target.kernel == "first_block" else 0
@@ -174,9 +206,45 @@ def compile_here(target: Target) -> dict[str, Any]:
     signature = {n: "constexpr" if n in constants else types.get(n, f"*{name}") for n in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": stages}
+    options |= {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return counts(compiled.asm["cubin"]) | {"shared_memory": compiled.metadata.shared, "triton": triton.__version__}
+    found = counts(compiled.asm["cubin"])
+    if target.kernel == "local_block_hopper":
+        found["unordered"] = unordered(compiled.asm["ptx"])
+    return found | {
+        "shared_memory": compiled.metadata.shared, "threads": warps * 32, "triton": triton.__version__,
+    }  # fmt: skip
+
+
+def unordered(ptx: str) -> int:
+    """Accesses to shared memory that no barrier between a program's threads keeps apart; lines in their order.
+
+    Products must see a fence and a barrier after what threads wrote; what writes over operands, a barrier after the
+    wait for the products that read them; and the copy engine a fence and a barrier after the start of its barriers.
+    """
+    read = written = started = ""
+    found = 0
+    for line in ptx.splitlines():
+        if "wgmma.mma_async" in line:
+            found += bool(written)
+            read = "being read"
+        elif "wgmma.wait_group" in line and read:
+            read = "read"
+        elif "cp.async.bulk.tensor" in line:
+            found += bool(read) + bool(started)
+        elif "mbarrier.init" in line:
+            started = "written"
+        elif "st.shared" in line or "stmatrix" in line or "cp.async.cg.shared" in line:
+            found += bool(read)
+            written = "copying" if "cp.async" in line else "written"
+        elif "cp.async.wait_group" in line and written:
+            written = "written"
+        elif "fence.proxy.async" in line:
+            written, started = (state and ("fenced" if state == "written" else state) for state in (written, started))
+        elif "bar.sync" in line:
+            read = "" if read == "read" else read
+            written, started = ("" if state == "fenced" else state for state in (written, started))
+    return found
 
 
 def counts(cubin: bytes) -> dict[str, int]:
@@ -223,7 +291,12 @@ def faults(target: Target, found: dict[str, Any]) -> list[str]:
         lines.append("no instruction of the matrix units")
     if found["registers"] == 32 and found["local_loads"]:
         lines.append("32 registers and spills: a known fault of the compiler")
-    if target.capability == 90 and target.kernel == "local_block" and budget.matrix:
+    fit = min(REGISTERS // (found["registers"] * found["threads"]), (limit + 1024) // (found["shared_memory"] + 1024))
+    if fit < budget.programs:
+        lines.append(f"{fit} programs on a multiprocessor, {budget.programs} wanted")
+    if found.get("unordered"):
+        lines.append(f"{found['unordered']} accesses to shared memory that no barrier keeps apart")
+    if target.capability == 90 and target.kernel.startswith("local_block") and budget.matrix:
         if not found["wgmma"]:
             lines.append("wgmma was lost")
         elif found["warpgroup"] > found["wgmma"] + 4:

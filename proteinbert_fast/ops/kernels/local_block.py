@@ -50,6 +50,24 @@ class Configuration(NamedTuple):
     chunked_dense: bool
 
 
+class HopperConfiguration(NamedTuple):
+    """How a launch of the kernel in ``local_block_hopper.py`` is cut.
+
+    Attributes:
+        rows: of a tile, at least 64.
+        chunk: input channels per product.
+        warps: per tile, a multiple of 4.
+        stages: chunks of weights in flight.
+        registers: most that a thread may use; None for no bound but the chip's.
+    """
+
+    rows: int
+    chunk: int
+    warps: int
+    stages: int
+    registers: int | None
+
+
 @triton.jit
 def _convolve(
     total, X, W, rows, n_rows, FIRST_TAP: tl.constexpr, DILATION: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr,
@@ -198,6 +216,36 @@ def configuration(capability: int, channels: int, dtype: torch.dtype, precision:
     return Configuration(64, min(channels, 32), 4 if not wide else 8, 3, False, False)
 
 
+def portable_because(
+    capability: int, channels: int, dtype: torch.dtype, taps: int = 9, wide_dilation: int = 5, gap: int = 20
+) -> str | None:
+    """Why the kernel of this file runs a block, or None where that of ``local_block_hopper.py`` does.
+
+    Args:
+        capability: 90 for 9.0; 0 in the interpreter.
+        channels: D.
+        dtype: of the states.
+        taps: of both convolutions.
+        wide_dilation: rows between the taps of the wide one.
+        gap: zero rows before the first protein.
+    """
+    if capability == 0:
+        return "Triton's interpreter does not know Gluon"
+    if capability != 90:
+        return f"the compute capability is {capability / 10}, not 9.0"
+    from proteinbert_fast.ops.kernels import local_block_hopper
+
+    return local_block_hopper.unsupported(channels, dtype, taps, wide_dilation, gap)
+
+
+def implementation(
+    capability: int, channels: int, dtype: torch.dtype, taps: int = 9, wide_dilation: int = 5, gap: int = 20
+) -> str:
+    """Which kernel runs a block and why, in words; the arguments are those of ``portable_because``."""
+    reason = portable_because(capability, channels, dtype, taps, wide_dilation, gap)
+    return f"portable ({reason})" if reason else "hopper (the tile of x stays in shared memory)"
+
+
 @torch.library.custom_op("proteinbert_fast::local_block", mutates_args=())
 def _local_block(
     x: Tensor, tokens: Tensor | None, broadcast: Tensor, segments: Tensor, weights: list[Tensor],
@@ -224,9 +272,12 @@ def launch(
     gap: int,
     wide_dilation: int,
     keep_hidden: bool,
-    chosen: Configuration | None,
+    chosen: Configuration | HopperConfiguration | None,
 ) -> tuple[Tensor, Tensor]:
     """Runs the kernel; as the operator, with a configuration to choose (the shipped one when None).
+
+    The configuration's type says which kernel: a HopperConfiguration that of ``local_block_hopper.py``, which takes
+    states only.
 
     Args:
         x: (R, D) states; or (26, D), those of each token.
@@ -239,10 +290,24 @@ def launch(
         keep_hidden: also give the states after the first norm.
         chosen: how to cut the launch.
     """
+    c: Configuration | HopperConfiguration
     w = LocalBlockWeights(*weights)
     n_rows, channels, dtype = len(segments), x.shape[1], x.dtype
-    precision = product_precision(dtype)
-    c = chosen or configuration(capability_of(x), channels, dtype, precision)
+    precision, capability = product_precision(dtype), capability_of(x)
+    if chosen is not None:
+        c = chosen
+    elif tokens is not None or portable_because(
+        capability, channels, dtype, w.narrow_weight.shape[-1], wide_dilation, gap
+    ):
+        c = configuration(capability, channels, dtype, precision)
+    else:
+        from proteinbert_fast.ops.kernels import local_block_hopper
+
+        c = local_block_hopper.configuration(channels)
+    if isinstance(c, HopperConfiguration):
+        from proteinbert_fast.ops.kernels import local_block_hopper
+
+        return local_block_hopper.launch(x.contiguous(), broadcast, segments, w, gap, wide_dilation, keep_hidden, c)
     # (out, in, taps) to (taps, in, out), narrow above wide: a tile of it is what a product takes.
     taps = torch.cat([w.narrow_weight.permute(2, 1, 0), w.wide_weight.permute(2, 1, 0)]).to(dtype)
     symbols = 0
