@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from proteinbert_fast.config import LAYER_NORM_EPS
+from proteinbert_fast.errors import BackendError
 from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels import local_block_hopper
 from proteinbert_fast.ops.kernels.launching import capability_of
@@ -42,8 +43,9 @@ on_hopper = pytest.mark.skipif(no_hopper() is not None, reason=no_hopper() or ""
 def emulate(
     case: Case, c: HopperConfiguration = SHIPPED, keep_hidden: bool = True, module: ModuleType = local_block_hopper
 ) -> tuple[Tensor, Tensor]:
-    """What is launched, emulated."""
-    with patch.object(module, "local_block_hopper_kernel", Emulated(module.local_block_hopper_kernel)):
+    """What is launched, emulated: under any version of Triton, since nothing is compiled."""
+    emulated = Emulated(module.local_block_hopper_kernel)
+    with patch.object(module, "local_block_hopper_kernel", emulated), patch.object(triton, "__version__", "3.6.0"):
         return launched(case, c, keep_hidden, module)
 
 
@@ -234,6 +236,18 @@ def test_what_is_unsupported_is_told(monkeypatch):
     assert implementation(80, 128, torch.bfloat16) == "portable (the compute capability is 8.0, not 9.0)"
     monkeypatch.setattr(triton, "__version__", "3.9.0")
     assert implementation(90, 128, torch.bfloat16).startswith("portable (triton is 3.9.0; 3.6 is")
+
+
+def test_asked_for_where_it_cannot_run_it_says_why():
+    case = Case(config_of(32), (5,), torch.bfloat16, CPU)
+    with pytest.raises(BackendError, match="the local block for Hopper: d_local is 32, not 64 or 128"):
+        emulate(case)
+
+
+def test_another_gluon_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, local_block_hopper.__name__, None)
+    monkeypatch.delattr(sys.modules["proteinbert_fast.ops.kernels"], "local_block_hopper")
+    assert "has another Gluon" in (portable_because(90, 128, torch.bfloat16) or "")
 
 
 def test_importing_the_kernels_leaves_gluon_alone():

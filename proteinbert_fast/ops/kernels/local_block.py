@@ -233,8 +233,10 @@ def portable_because(
         return "Triton's interpreter does not know Gluon"
     if capability != 90:
         return f"the compute capability is {capability / 10}, not 9.0"
-    from proteinbert_fast.ops.kernels import local_block_hopper
-
+    try:
+        from proteinbert_fast.ops.kernels import local_block_hopper
+    except ImportError as error:
+        return f"triton {triton.__version__} has another Gluon: {error}"
     return local_block_hopper.unsupported(channels, dtype, taps, wide_dilation, gap)
 
 

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from proteinbert_fast.config import LAYER_NORM_EPS
+from proteinbert_fast.errors import BackendError
 from proteinbert_fast.ops.kernels.activations import gelu, kept_16_bit
 from proteinbert_fast.ops.kernels.local_block import HopperConfiguration
 from proteinbert_fast.ops.reference import LocalBlockWeights
@@ -281,10 +282,17 @@ def launch(
     keep_hidden: bool,
     chosen: HopperConfiguration,
 ) -> tuple[Tensor, Tensor]:
-    """Runs the kernel, as ``local_block.launch``; sizes are those that ``unsupported`` has nothing against."""
+    """Runs the kernel, as ``local_block.launch``.
+
+    Raises:
+        BackendError: it cannot run these sizes here; says why.
+    """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     n_rows, channels = x.shape
+    reason = unsupported(channels, x.dtype, weights.narrow_weight.shape[-1], wide_dilation, gap)
+    if reason:
+        raise BackendError(f"the local block for Hopper: {reason}")
     hidden = torch.empty_like(x) if keep_hidden else x.new_empty(0, channels)
     local = torch.empty_like(x)
     local[:gap] = 0
