@@ -27,6 +27,7 @@ from proteinbert_fast.ops.reference import (
 from proteinbert_fast.packing import PackedBatch
 
 Backend = Literal["auto", "triton", "cpu", "reference"]
+Save = Literal["preactivations", "inputs"]
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,25 @@ def _reference_local_block(
     weights: LocalBlockWeights,
     wide_dilation: int,
     keep_hidden: bool = False,
+    save: Save = "preactivations",
 ) -> tuple[Tensor | None, Tensor]:
     rows = reference.embed_tokens(*x) if isinstance(x, Embedded) else x
     hidden, local = reference.local_block(rows, broadcast, batch.segments, weights, wide_dilation)
     return (hidden if keep_hidden else None), local
 
 
-def _cpu_local_block(x: Tensor | Embedded, *rest: Any, **options: Any) -> tuple[Tensor | None, Tensor]:
-    return cpu.local_block(reference.embed_tokens(*x) if isinstance(x, Embedded) else x, *rest, **options)
+def _cpu_local_block(
+    x: Tensor | Embedded,
+    broadcast: Tensor,
+    batch: PackedBatch,
+    weights: LocalBlockWeights,
+    wide_dilation: int,
+    keep_hidden: bool = False,
+    save: Save = "preactivations",
+) -> tuple[Tensor | None, Tensor]:
+    """Saves inputs, whatever ``save`` is."""
+    rows = reference.embed_tokens(*x) if isinstance(x, Embedded) else x
+    return cpu.local_block(rows, broadcast, batch, weights, wide_dilation, keep_hidden)
 
 
 def _reference_attention(local: Tensor, query: Tensor, batch: PackedBatch, *rest: Any) -> Attended:

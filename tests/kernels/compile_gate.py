@@ -81,7 +81,7 @@ class Target:
 
     @property
     def budget(self) -> Budget:
-        is_sum = self.kernel in {"add_spans", "residue_mean"}
+        is_sum = self.kernel in {"add_spans", "row_sums"}
         default = Budget(matrix=0 if self.dtype == "float32" or is_sum else 1)
         return BUDGETS.get((self.kernel, self.capability, self.dtype, self.d_local), default)
 
@@ -105,7 +105,7 @@ def targets() -> list[Target]:
         if capability >= 80:
             found.append(Target("token_head", capability, half, 128))
             found.append(Target("first_block", capability, half, 256))
-        found += [Target(name, capability, half, 128) for name in ("add_spans", "residue_mean")]
+        found += [Target(name, capability, half, 128) for name in ("add_spans", "row_sums")]
     return found + hopper_targets()
 
 
@@ -132,7 +132,7 @@ def compile_here(target: Target) -> dict[str, Any]:
 
     import proteinbert_fast.ops.kernels  # noqa: F401
 
-    names = ("global_attention", "global_track", "linear", "local_block", "residue_mean")
+    names = ("global_attention", "global_track", "linear", "local_block", "protein_sums")
     modules = {name: sys.modules[f"proteinbert_fast.ops.kernels.{name}"] for name in names}
     dtype, name = getattr(torch, target.dtype.replace("tf32", "float32")), NAMES[target.dtype]
     precision = "tf32" if target.dtype == "tf32" else "ieee"
@@ -165,7 +165,7 @@ def compile_here(target: Target) -> dict[str, Any]:
         constants = {"D": d, "TAPS": 9, "DILATION": 5, "M": c.rows, "CHUNK": chunk, "STAGES": c.stages,
                      "DESCRIPTORS": c.descriptors, "PRECISION": precision, "KEEP_HIDDEN": False, "EPSILON": 1e-3,
                      "CHUNKED_DENSE": c.chunked_dense, "KEPT": name != "fp32",
-                     "SYMBOLS": symbols}  # fmt: skip
+                     "SYMBOLS": symbols, "KEEP_RESULTS": False}  # fmt: skip
         warps, stages = c.warps, c.stages
     elif target.kernel in {"global_attention", "weights", "add_spans"}:
         module = modules["global_attention"]
@@ -182,17 +182,17 @@ def compile_here(target: Target) -> dict[str, Any]:
             kernel, warps = module.add_spans_kernel, 4
             types |= {"COARSE_PROTEIN": "*i32", "FIRST_COARSE": "*i64", "COARSE_SUMS": "*fp32"}
             constants = {"WIDTH": 644, "WIDTH_PADDED": 1024, "AT_ONCE": module.SPANS_AT_ONCE}
-    elif target.kernel == "residue_mean":
-        kernel, warps, stages = modules["residue_mean"].residue_sums_kernel, 4, 1
+    elif target.kernel == "row_sums":
+        kernel, warps, stages = modules["protein_sums"].row_sums_kernel, 4, 1
         types["n_columns"] = "i32"
-        constants = {"SPAN": 512, "M": 32, "N": 128}
+        constants = {"SPAN": 512, "M": 32, "N": 128, "ENDS": 1}
     elif target.kernel == "global_track":
         module = modules["global_track"]
         kernel = module.global_track_kernel
         c = module.configuration(capability, dtype, precision)._replace(**target.changes)
         types |= {"DENOMINATOR": "*fp32", "MEAN": "*fp32"}
         constants = {"G": 512, "G_PADDED": 512, "H": 4, "H_PADDED": 16, "V": 128, "QUERIES": 256, "QUERIES_PADDED": 256,
-                     "D": d, "WIDTH": 516, "M": 16, "CHUNK": c.chunk, "KEEP_DENOMINATOR": False, "PRECISION": precision,
+                     "D": d, "WIDTH": 516, "M": 16, "CHUNK": c.chunk, "KEEP_SUMS": False, "PRECISION": precision,
                      "EPSILON": 1e-3}  # fmt: skip
         warps, stages = c.warps, c.stages
     else:

@@ -46,7 +46,7 @@ def test_a_crash_of_the_compiler_is_told():
 
 def test_every_kernel_is_in_the_gate():
     assert {t.kernel for t in targets()} == {
-        "local_block", "first_block", "global_attention", "weights", "add_spans", "residue_mean", "global_track",
+        "local_block", "first_block", "global_attention", "weights", "add_spans", "row_sums", "global_track",
         "linear", "token_head",
     } | {t.kernel for t in hopper_targets()}  # fmt: skip
 

@@ -56,7 +56,9 @@ def launched(
     weights, batch = case.block.local_weights(), case.batch
     with torch.no_grad():
         if module is local_block_hopper:
-            return launch(case.x, None, case.word, batch.segments, list(weights), batch.gap, 5, keep_hidden, c)
+            return launch(case.x, None, case.word, batch.segments, list(weights), batch.gap, 5, keep_hidden, False, c)[
+                :2
+            ]
         return module.launch(case.x, case.word, batch.segments, weights, batch.gap, 5, keep_hidden, c)
 
 

@@ -7,7 +7,7 @@ from proteinbert_fast.ops.kernels.global_track import global_track
 from proteinbert_fast.ops.kernels.launching import DTYPES, OLDEST, capability, is_interpreted
 from proteinbert_fast.ops.kernels.linear import head, message, sum_annotations
 from proteinbert_fast.ops.kernels.local_block import CHANNELS, local_block
-from proteinbert_fast.ops.kernels.residue_mean import residue_mean
+from proteinbert_fast.ops.kernels.protein_sums import residue_mean
 
 __all__ = [
     "global_track",

@@ -39,13 +39,16 @@ class Configuration(NamedTuple):
 
 
 @triton.jit
-def _projected(
-    LOCAL, W, rows, inside, head, SIZE: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
+def projected(
+    LOCAL, W, rows, inside, head, first_output, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, D: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows of LOCAL times a head's (SIZE, D) matrix, CHUNK channels at a time, (M, PADDED)."""
-    outputs = tl.arange(0, PADDED)
-    total = tl.zeros((rows.shape[0], PADDED), tl.float32)
+    """Rows of LOCAL times OUTPUTS rows of a head's (SIZE, D) matrix, CHUNK channels at a time, (M, OUTPUTS).
+
+    Rows from SIZE on count as zeros.
+    """
+    outputs = first_output + tl.arange(0, OUTPUTS)
+    total = tl.zeros((rows.shape[0], OUTPUTS), tl.float32)
     for first in range(0, D, CHUNK):
         k = first + tl.arange(0, CHUNK)
         x = tl.load(LOCAL + rows[:, None] * D + k[None, :], mask=inside[:, None], other=0.0)
@@ -94,8 +97,8 @@ def span_sums_kernel(
             row = tile + tl.arange(0, M)
             inside = row < n_rows
             if CHUNK:
-                key = _projected(LOCAL, KEY, first_row + row, inside, head, K, K_PADDED, D, CHUNK, PRECISION)
-                value = _projected(LOCAL, VALUE, first_row + row, inside, head, V, V_PADDED, D, CHUNK, PRECISION)
+                key = projected(LOCAL, KEY, first_row + row, inside, head, 0, K, K_PADDED, D, CHUNK, PRECISION)
+                value = projected(LOCAL, VALUE, first_row + row, inside, head, 0, V, V_PADDED, D, CHUNK, PRECISION)
             else:
                 at = (first_row + row)[:, None] * D + tl.arange(0, D)[None, :]
                 local = tl.load(LOCAL + at, mask=inside[:, None], other=0.0)
@@ -157,7 +160,7 @@ def weights_kernel(
     inside = segment >= 0
     protein = tl.maximum(segment, 0).to(tl.int64)
     keys = tl.arange(0, K_PADDED)
-    key = tanh(_projected(LOCAL, KEY, rows, inside, head, K, K_PADDED, D, 16, PRECISION))
+    key = tanh(projected(LOCAL, KEY, rows, inside, head, 0, K, K_PADDED, D, 16, PRECISION))
     query_at = QUERY + (protein * H + head)[:, None] * K + keys[None, :]
     query = tl.load(query_at, mask=inside[:, None] & (keys < K)[None, :], other=0.0)
     e = tl.exp2(tl.sum(key * query, axis=1) * SCALE)

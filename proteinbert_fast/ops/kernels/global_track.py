@@ -4,7 +4,7 @@ A program takes a few proteins: it adds up their spans, runs two dense layers an
 broadcast that the next block starts from. Every sum has one order, whatever else is in the batch.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,7 +26,7 @@ from proteinbert_fast.ops.reference import (
 )
 from proteinbert_fast.packing import PackedBatch
 
-_PROTEINS = 16  # per program: as few as the matrix units take
+PROTEINS = 16  # per program: as few as the matrix units take
 
 
 class Configuration(NamedTuple):
@@ -44,7 +44,7 @@ class Configuration(NamedTuple):
 
 
 @triton.jit
-def _dense(X, W, rows, n_rows, n_inputs, columns, n_columns, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+def dense(X, W, rows, n_rows, n_inputs, columns, n_columns, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
     """Rows of X @ W^T, (M, columns); X is (rows, inputs) in memory, W (columns, inputs)."""
     in_columns = columns < n_columns
     total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
@@ -58,7 +58,7 @@ def _dense(X, W, rows, n_rows, n_inputs, columns, n_columns, CHUNK: tl.constexpr
 
 
 @triton.jit
-def _vector(X, columns, n_columns):
+def vector(X, columns, n_columns):
     """A bias or a norm's parameter, (columns,) float32."""
     return tl.load(X + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
 
@@ -76,10 +76,10 @@ def _added(SUMS, first, n_spans, most, columns, inside, WIDTH: tl.constexpr):
 @triton.jit
 def global_track_kernel(
     STATE, SUMS, FIRST_SPAN, LENGTHS, DENSE1, DENSE1_BIAS, NORM1, NORM1_BIAS, DENSE2, DENSE2_BIAS, NORM2, NORM2_BIAS,
-    QUERY_WEIGHT, WORD_WEIGHT, WORD_BIAS, HIDDEN, OUT, DENOMINATOR, QUERY, WORD, MEAN, n_proteins,
+    QUERY_WEIGHT, WORD_WEIGHT, WORD_BIAS, HIDDEN, OUT, DENOMINATOR, POOLED, QUERY, WORD, MEAN, n_proteins,
     G: tl.constexpr, G_PADDED: tl.constexpr, H: tl.constexpr, H_PADDED: tl.constexpr, V: tl.constexpr,
     QUERIES: tl.constexpr, QUERIES_PADDED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr,
-    CHUNK: tl.constexpr, KEEP_DENOMINATOR: tl.constexpr, PRECISION: tl.constexpr, EPSILON: tl.constexpr,
+    CHUNK: tl.constexpr, KEEP_SUMS: tl.constexpr, PRECISION: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """M proteins per program.
 
@@ -87,8 +87,8 @@ def global_track_kernel(
         HIDDEN = norm1(STATE + gelu(dense1(STATE)) + pooled)      OUT = norm2(HIDDEN + gelu(dense2(HIDDEN)))
         QUERY = tanh(OUT @ QUERY_WEIGHT^T)                        WORD = gelu(OUT @ WORD_WEIGHT^T + WORD_BIAS)
 
-    The second line of products where there are QUERIES; else MEAN, the mean of the residues' states, where D. SUMS is
-    (spans, WIDTH).
+    The last line where there are QUERIES; else MEAN, the mean of the residues' states. SUMS is (spans, WIDTH). Where
+    KEEP_SUMS, also POOLED, and DENOMINATOR, the sums of e.
     """
     rows = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     in_batch = rows < n_proteins
@@ -102,21 +102,23 @@ def global_track_kernel(
 
     numerator = _added(SUMS, first, n_spans, most, columns[None, :], mask, WIDTH)
     denominator = _added(SUMS, first, n_spans, most, (G + columns // V)[None, :], mask, WIDTH)
+    if KEEP_SUMS:
+        tl.store(POOLED + at, numerator / denominator, mask=mask)
     x = numerator / denominator + tl.load(STATE + at, mask=mask, other=0.0).to(tl.float32)
-    bias = _vector(DENSE1_BIAS, columns, G)[None, :]
-    x += gelu(_dense(STATE, DENSE1, rows, n_proteins, G, columns, G, CHUNK, PRECISION) + bias, True)
-    norm, bias = _vector(NORM1, columns, G), _vector(NORM1_BIAS, columns, G)
+    bias = vector(DENSE1_BIAS, columns, G)[None, :]
+    x += gelu(dense(STATE, DENSE1, rows, n_proteins, G, columns, G, CHUNK, PRECISION) + bias, True)
+    norm, bias = vector(NORM1, columns, G), vector(NORM1_BIAS, columns, G)
     hidden = layer_norm(tl.where(mask, x, 0.0), norm, bias, G, EPSILON).to(dtype)
     tl.store(HIDDEN + at, hidden, mask=mask)
     # The next product reads what other threads of this program have just written.
     tl.debug_barrier()
-    bias = _vector(DENSE2_BIAS, columns, G)[None, :]
-    x = gelu(_dense(HIDDEN, DENSE2, rows, n_proteins, G, columns, G, CHUNK, PRECISION) + bias, True)
-    norm, bias = _vector(NORM2, columns, G), _vector(NORM2_BIAS, columns, G)
+    bias = vector(DENSE2_BIAS, columns, G)[None, :]
+    x = gelu(dense(HIDDEN, DENSE2, rows, n_proteins, G, columns, G, CHUNK, PRECISION) + bias, True)
+    norm, bias = vector(NORM2, columns, G), vector(NORM2_BIAS, columns, G)
     out = layer_norm(tl.where(mask, x + hidden.to(tl.float32), 0.0), norm, bias, G, EPSILON).to(dtype)
     tl.store(OUT + at, out, mask=mask)
 
-    if KEEP_DENOMINATOR:
+    if KEEP_SUMS:
         heads = tl.arange(0, H_PADDED)
         mask = in_batch[:, None] & (heads < H)[None, :]
         denominator = _added(SUMS, first, n_spans, most, (G + heads)[None, :], mask, WIDTH)
@@ -124,12 +126,12 @@ def global_track_kernel(
     if QUERIES:
         tl.debug_barrier()
         columns = tl.arange(0, QUERIES_PADDED)
-        x = tanh(_dense(OUT, QUERY_WEIGHT, rows, n_proteins, G, columns, QUERIES, CHUNK, PRECISION))
+        x = tanh(dense(OUT, QUERY_WEIGHT, rows, n_proteins, G, columns, QUERIES, CHUNK, PRECISION))
         mask = in_batch[:, None] & (columns < QUERIES)[None, :]
         tl.store(QUERY + rows[:, None] * QUERIES + columns[None, :], x, mask=mask)
         columns = tl.arange(0, D)
-        bias = _vector(WORD_BIAS, columns, D)[None, :]
-        x = gelu(_dense(OUT, WORD_WEIGHT, rows, n_proteins, G, columns, D, CHUNK, PRECISION) + bias, True)
+        bias = vector(WORD_BIAS, columns, D)[None, :]
+        x = gelu(dense(OUT, WORD_WEIGHT, rows, n_proteins, G, columns, D, CHUNK, PRECISION) + bias, True)
         tl.store(WORD + rows[:, None] * D + columns[None, :], x.to(dtype), mask=in_batch[:, None])
     else:
         columns = tl.arange(0, D)
@@ -155,14 +157,15 @@ def launch(
     following: MessageWeights | None,
     n_heads: int,
     d_local: int,
-    keep_denominator: bool,
+    keep_sums: bool,
     chosen: Configuration | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Runs the kernel; ``spans`` has sums of residues where ``following`` is None.
 
     Returns:
-        hidden (B, G), state (B, G), denominator (B, H) or (0, H), query (B, H * K) or (0, 0) and broadcast (B, D) or
-        (0, D) for the next block, residue mean (B, D) or (0, D).
+        hidden (B, G), state (B, G), query (B, H * K) and broadcast (B, D) for the next block, residue mean (B, D),
+        pooled (B, G) and denominator (B, H); float32 all but hidden, state and broadcast. What is not wanted has no
+        rows.
     """
     state = state.contiguous()
     dtype, (n_proteins, n_global) = state.dtype, state.shape
@@ -174,60 +177,138 @@ def launch(
     # Without a next block, its weights are never read.
     query_weight, word_weight, word_bias = following or (state, state, state)
     hidden, out = torch.empty_like(state), torch.empty_like(state)
-    denominator = state.new_empty(n_proteins if keep_denominator else 0, n_heads, dtype=torch.float32)
+    pooled = state.new_empty(n_proteins if keep_sums else 0, n_global, dtype=torch.float32)
+    denominator = state.new_empty(n_proteins if keep_sums else 0, n_heads, dtype=torch.float32)
     query = state.new_empty(n_next, n_queries, dtype=torch.float32)
     word = state.new_empty(n_next, d_local)
     mean = state.new_empty(n_last, d_local, dtype=torch.float32)
     if n_proteins:
-        global_track_kernel[(triton.cdiv(n_proteins, _PROTEINS),)](
+        global_track_kernel[(triton.cdiv(n_proteins, PROTEINS),)](
             state, spans.sums, spans.first, lengths, w.dense1_weight.to(dtype).contiguous(), w.dense1_bias,
             w.norm1_weight, w.norm1_bias, w.dense2_weight.to(dtype).contiguous(), w.dense2_bias, w.norm2_weight,
             w.norm2_bias, query_weight.to(dtype).contiguous(), word_weight.to(dtype).contiguous(), word_bias,
-            hidden, out, denominator, query, word, mean, n_proteins,
+            hidden, out, denominator, pooled, query, word, mean, n_proteins,
             G=n_global, G_PADDED=padded(n_global), H=n_heads, H_PADDED=padded(n_heads), V=n_global // n_heads,
-            QUERIES=n_queries, QUERIES_PADDED=padded(n_queries), D=d_local, WIDTH=spans.sums.shape[1], M=_PROTEINS,
-            CHUNK=c.chunk, KEEP_DENOMINATOR=keep_denominator, PRECISION=precision,
-            EPSILON=LAYER_NORM_EPS, num_warps=c.warps, num_stages=c.stages,
+            QUERIES=n_queries, QUERIES_PADDED=padded(n_queries), D=d_local, WIDTH=spans.sums.shape[1], M=PROTEINS,
+            CHUNK=c.chunk, KEEP_SUMS=keep_sums, PRECISION=precision, EPSILON=LAYER_NORM_EPS,
+            num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
-    return hidden, out, denominator, query, word, mean
+    return hidden, out, query, word, mean, pooled, denominator
+
+
+_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("proteinbert_fast::global_track", mutates_args=())
 def _global_track(
     local: Tensor, state: Tensor, query: Tensor, weights: list[Tensor], starts: Tensor, lengths: Tensor,
     segments: Tensor, span_protein: Tensor, first_span: Tensor, n_heads: int, longest: int, return_attention: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    keep_sums: bool,
+) -> _Results:  # fmt: skip
     w = _unflattened(weights)
     spans = span_sums(
         local, query, starts, lengths, (span_protein, first_span), longest, w.key_weight, w.value_weight, n_heads,
         residues=w.following is None,
     )  # fmt: skip
-    d_local = local.shape[1]
-    hidden, out, denominator, next_query, word, mean = launch(
-        state, spans, lengths, w.block, w.following, n_heads, d_local, return_attention
+    *states, pooled, denominator = launch(
+        state, spans, lengths, w.block, w.following, n_heads, local.shape[1], keep_sums or return_attention
     )
     attention = local.new_empty(0, n_heads)
     if return_attention:
         attention = attention_weights(local, query, w.key_weight, denominator, segments)
-    return hidden, out, next_query, word, attention, mean
+    return *states, attention, pooled, denominator  # type: ignore[return-value]
 
 
 @_global_track.register_fake
 def _(
     local: Tensor, state: Tensor, query: Tensor, weights: list[Tensor], starts: Tensor, lengths: Tensor,
     segments: Tensor, span_protein: Tensor, first_span: Tensor, n_heads: int, longest: int, return_attention: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    keep_sums: bool,
+) -> _Results:  # fmt: skip
     following = _unflattened(weights).following
-    n_proteins, d_local = state.shape[0], local.shape[1]
+    (n_proteins, n_global), d_local = state.shape, local.shape[1]
     n_next, n_last = (0, n_proteins) if following is None else (n_proteins, 0)
+    n_queries = 0 if following is None else following.query_weight.shape[0]
+    n_kept = n_proteins if keep_sums or return_attention else 0
     return (
         torch.empty_like(state),
         torch.empty_like(state),
-        state.new_empty(n_next, 0 if following is None else len(following.query_weight), dtype=torch.float32),
+        state.new_empty(n_next, n_queries, dtype=torch.float32),
         state.new_empty(n_next, d_local),
-        local.new_empty(local.shape[0] if return_attention else 0, n_heads),
         state.new_empty(n_last, d_local, dtype=torch.float32),
+        local.new_empty(local.shape[0] if return_attention else 0, n_heads),
+        state.new_empty(n_kept, n_global, dtype=torch.float32),
+        state.new_empty(n_kept, n_heads, dtype=torch.float32),
     )
+
+
+@torch.library.custom_op("proteinbert_fast::global_track_backward", mutates_args=())
+def _global_track_backward(
+    d_hidden: Tensor | None, d_out: Tensor, d_query: Tensor | None, d_word: Tensor | None, d_mean: Tensor | None,
+    local: Tensor, state: Tensor, query: Tensor, hidden: Tensor, out: Tensor, next_query: Tensor, pooled: Tensor,
+    denominator: Tensor, weights: list[Tensor], starts: Tensor, lengths: Tensor, span_protein: Tensor,
+    first_span: Tensor, n_heads: int, longest: int,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    from proteinbert_fast.ops.kernels import global_attention_backward, global_track_backward
+
+    w = _unflattened(weights)
+    track = global_track_backward.launch(
+        d_hidden, d_out, d_query, d_word, state, pooled, hidden, out, next_query, w.block, w.following
+    )
+    attention = global_attention_backward.launch(
+        track.pooled, d_mean, local, query, pooled, denominator, starts, lengths, (span_protein, first_span), longest,
+        w.key_weight, w.value_weight, n_heads,
+    )  # fmt: skip
+    d_weights = [attention.key_weight, attention.value_weight, *track.weights, *track.following]
+    return attention.local, track.state, attention.query, d_weights
+
+
+@_global_track_backward.register_fake
+def _(
+    d_hidden: Tensor | None, d_out: Tensor, d_query: Tensor | None, d_word: Tensor | None, d_mean: Tensor | None,
+    local: Tensor, state: Tensor, query: Tensor, hidden: Tensor, out: Tensor, next_query: Tensor, pooled: Tensor,
+    denominator: Tensor, weights: list[Tensor], starts: Tensor, lengths: Tensor, span_protein: Tensor,
+    first_span: Tensor, n_heads: int, longest: int,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    return (
+        torch.empty_like(local),
+        torch.empty_like(state),
+        torch.empty_like(query),
+        [torch.empty_like(w) for w in weights],
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    local, state, query, weights, starts, lengths, _, span_protein, first_span, n_heads, longest, _, _ = inputs
+    hidden, out, next_query, _, _, _, pooled, denominator = output
+    ctx.sizes = n_heads, longest
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        local, state, query, hidden, out, next_query, pooled, denominator, starts, lengths, span_protein, first_span,
+        *weights,
+    )  # fmt: skip
+
+
+def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    d_hidden, d_out, d_query, d_word, d_mean, *_ = gradients
+    local, state, query, hidden, out, next_query, pooled, denominator, *places = ctx.saved_tensors
+    starts, lengths, span_protein, first_span, *weights = places
+    if d_out is None:
+        d_out = torch.zeros_like(out)
+    if len(next_query):
+        d_query = torch.zeros_like(next_query) if d_query is None else d_query
+        d_word = local.new_zeros(len(out), local.shape[1]) if d_word is None else d_word
+        d_mean = None
+    else:
+        d_query = d_word = None
+    d_local, d_state, d_asked, d_weights = _global_track_backward(
+        d_hidden, d_out, d_query, d_word, d_mean, local, state, query, hidden, out, next_query, pooled, denominator,
+        weights, starts, lengths, span_protein, first_span, *ctx.sizes,
+    )  # fmt: skip
+    return d_local, d_state, d_asked, d_weights, *([None] * 9)
+
+
+_global_track.register_autograd(_backward, setup_context=_save)
 
 
 class _Weights(NamedTuple):
@@ -265,17 +346,19 @@ def global_track(
         following: parameters of the next block's message; None after the last block, where the mean of the residues'
             states is made instead.
         n_heads: H.
-        return_attention: also return the softmax weights, in the dtype of ``local``, by a second pass.
+        return_attention: also return the softmax weights, in the dtype of ``local``, by a second pass. If gradients are
+            wanted too, plain operations compute them.
     """
     segments, spans = batch.segments, batch.spans(SPAN)
     flat = [weights.key_weight, weights.value_weight, *weights.block, *(following or ())]
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (local, global_state, message.query, *flat))
 
     def fast(local: Tensor, state: Tensor, query: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         result: tuple[Tensor, ...] = _global_track(
             local, state.to(local.dtype), query.float(), list(weights), batch.starts, batch.lengths, segments, *spans,
-            n_heads, batch.longest, return_attention,
+            n_heads, batch.longest, return_attention, wanted,
         )  # fmt: skip
-        return result
+        return result[:6]
 
     def plain(local: Tensor, state: Tensor, query: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         w = _unflattened(list(weights))
@@ -288,9 +371,12 @@ def global_track(
             spoken, mean = (nothing, nothing), reference.residue_mean(local, segments, batch.starts, batch.lengths)
         else:
             spoken, mean = reference.message(states.global_state, w.following), nothing
-        return *states, *spoken, nothing if attended.weights is None else attended.weights, mean
+        return *states, *spoken, mean, nothing if attended.weights is None else attended.weights
 
-    hidden, state, query, word, attention, mean = recomputed(fast, plain, local, global_state, message.query, *flat)
+    tensors = (local, global_state, message.query, *flat)
+    # The kernels' gradients have no part for attention weights.
+    results = recomputed(fast, plain, *tensors) if return_attention and wanted else fast(*tensors)
+    hidden, state, query, word, mean, attention = results
     return GlobalTrack(
         hidden,
         state,

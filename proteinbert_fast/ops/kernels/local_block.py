@@ -4,7 +4,7 @@ The first block's x are embedded tokens, so each of its convolutions is a sum of
 tap and token: the kernel reads tokens, never their states, and multiplies one-hot rows of 32 instead of rows of D.
 """
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from proteinbert_fast.config import LAYER_NORM_EPS
-from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels.activations import gelu, kept_16_bit, layer_norm
 from proteinbert_fast.ops.kernels.launching import (
     capability_of,
@@ -22,7 +21,6 @@ from proteinbert_fast.ops.kernels.launching import (
     padded,
     product_precision,
 )
-from proteinbert_fast.ops.recompute import recomputed
 from proteinbert_fast.ops.reference import Embedded, LocalBlockWeights
 from proteinbert_fast.packing import PackedBatch
 
@@ -69,7 +67,7 @@ class HopperConfiguration(NamedTuple):
 
 
 @triton.jit
-def _convolve(
+def convolve(
     total, X, W, rows, n_rows, FIRST_TAP: tl.constexpr, DILATION: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -114,17 +112,18 @@ def _look_up(
 @triton.jit
 def local_block_kernel(
     X_TILES, W_TILES, LOCAL_TILES, X, TOKENS, BROADCAST, SEGMENTS, NARROW_BIAS, WIDE_BIAS, NORM1_WEIGHT, NORM1_BIAS,
-    DENSE, DENSE_BIAS, NORM2_WEIGHT, NORM2_BIAS, HIDDEN, LOCAL, first, n_rows,
+    DENSE, DENSE_BIAS, NORM2_WEIGHT, NORM2_BIAS, HIDDEN, LOCAL, NARROW, WIDE, first, n_rows,
     D: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
     STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, KEEP_HIDDEN: tl.constexpr,
     CHUNKED_DENSE: tl.constexpr, EPSILON: tl.constexpr, KEPT: tl.constexpr, SYMBOLS: tl.constexpr,
+    KEEP_RESULTS: tl.constexpr,
 ):  # fmt: skip
     """Rows [first + M * program, ...) of the batch. Gap rows are computed like others and written as zeros.
 
     X_TILES, W_TILES and LOCAL_TILES are descriptors, or pointers again where there are none. W is (2 * TAPS * D, D):
     the taps of the narrow and then of the wide convolution, each (in, out). DENSE is (out, in). Where there are
     SYMBOLS, X holds the states of that many tokens, and W_TILES points to their products with each tap,
-    (2 * TAPS, SYMBOLS, D).
+    (2 * TAPS, SYMBOLS, D). NARROW and WIDE, where wanted, take the convolutions' results.
     """
     dtype = X.dtype.element_ty
     PRECISE: tl.constexpr = dtype == tl.float32
@@ -144,10 +143,12 @@ def local_block_kernel(
         token = tl.load(TOKENS + rows, mask=in_batch, other=SYMBOLS - 1).to(tl.int32)
         x = tl.load(X + token[:, None] * D + columns[None, :])
     else:
-        total = _convolve(
+        total = convolve(
             total, X_TILES, W_TILES, start, n_rows, 0, 1, D, TAPS, CHUNK, STAGES, DESCRIPTORS, PRECISION
         )  # fmt: skip
         x = tl.load(X + at, mask=in_batch[:, None], other=0.0)
+    if KEEP_RESULTS:
+        tl.store(NARROW + at, total.to(dtype), mask=in_batch[:, None])
     merged = gelu(total, PRECISE) + x.to(tl.float32)
     word = BROADCAST + tl.maximum(segment, 0).to(tl.int64)[:, None] * D + columns[None, :]
     merged += tl.load(word, mask=inside, other=0.0).to(tl.float32)
@@ -158,9 +159,11 @@ def local_block_kernel(
     if SYMBOLS:
         total = _look_up(total, TOKENS, W_TILES, rows, n_rows, TAPS, DILATION, D, TAPS, SYMBOLS, STAGES, PRECISION)
     else:
-        total = _convolve(
+        total = convolve(
             total, X_TILES, W_TILES, start, n_rows, TAPS, DILATION, D, TAPS, CHUNK, STAGES, DESCRIPTORS, PRECISION
         )  # fmt: skip
+    if KEEP_RESULTS:
+        tl.store(WIDE + at, total.to(dtype), mask=in_batch[:, None])
     if KEPT:
         merged = merged_16.to(tl.float32)
     hidden = layer_norm(
@@ -250,19 +253,69 @@ def implementation(
 
 @torch.library.custom_op("proteinbert_fast::local_block", mutates_args=())
 def _local_block(
-    x: Tensor, tokens: Tensor | None, broadcast: Tensor, segments: Tensor, weights: list[Tensor],
-    gap: int, wide_dilation: int, keep_hidden: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return launch(x, tokens, broadcast, segments, weights, gap, wide_dilation, keep_hidden, None)
+    x: Tensor, tokens: Tensor | None, broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor,
+    weights: list[Tensor], gap: int, wide_dilation: int, longest: int, keep_hidden: bool, keep_results: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return launch(x, tokens, broadcast, segments, weights, gap, wide_dilation, keep_hidden, keep_results, None)
 
 
 @_local_block.register_fake
 def _(
-    x: Tensor, tokens: Tensor | None, broadcast: Tensor, segments: Tensor, weights: list[Tensor],
-    gap: int, wide_dilation: int, keep_hidden: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = segments.shape[0], x.shape[1]
-    return x.new_empty(shape if keep_hidden else (0, x.shape[1])), x.new_empty(shape)
+    x: Tensor, tokens: Tensor | None, broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor,
+    weights: list[Tensor], gap: int, wide_dilation: int, longest: int, keep_hidden: bool, keep_results: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shape, nothing = (segments.shape[0], x.shape[1]), (0, x.shape[1])
+    hidden, results = (shape if keep_hidden else nothing), (shape if keep_results else nothing)
+    return x.new_empty(hidden), x.new_empty(shape), x.new_empty(results), x.new_empty(results)
+
+
+@torch.library.custom_op("proteinbert_fast::local_block_backward", mutates_args=())
+def _local_block_backward(
+    d_local: Tensor, d_hidden: Tensor | None, x: Tensor, tokens: Tensor | None, narrow: Tensor, wide: Tensor,
+    broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor, weights: list[Tensor],
+    gap: int, wide_dilation: int, longest: int,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    from proteinbert_fast.ops.kernels import local_block_backward
+
+    was_saved = len(narrow) > 0
+    if not was_saved:
+        _, _, narrow, wide = launch(x, tokens, broadcast, segments, weights, gap, wide_dilation, False, True, None)
+    found = local_block_backward.launch(
+        d_local, d_hidden, x, tokens, narrow, wide, broadcast, segments, starts, lengths, longest,
+        LocalBlockWeights(*weights), gap, wide_dilation, overwrite=not was_saved,
+    )  # fmt: skip
+    return found.x, found.broadcast, found.weights
+
+
+@_local_block_backward.register_fake
+def _(
+    d_local: Tensor, d_hidden: Tensor | None, x: Tensor, tokens: Tensor | None, narrow: Tensor, wide: Tensor,
+    broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor, weights: list[Tensor],
+    gap: int, wide_dilation: int, longest: int,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    return torch.empty_like(x), torch.empty_like(broadcast), [torch.empty_like(w) for w in weights]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, tokens, broadcast, segments, starts, lengths, weights, *sizes, _, _ = inputs
+    ctx.sizes = sizes
+    ctx.save_for_backward(x, tokens, broadcast, segments, starts, lengths, output[2], output[3], *weights)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_hidden: Tensor | None, d_local: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    x, tokens, broadcast, segments, starts, lengths, narrow, wide, *weights = ctx.saved_tensors
+    if d_hidden is not None and not len(d_hidden):
+        d_hidden = None
+    if d_local is None:
+        d_local = x.new_zeros(segments.shape[0], x.shape[1])
+    d_x, d_broadcast, d_weights = _local_block_backward(
+        d_local, d_hidden, x, tokens, narrow, wide, broadcast, segments, starts, lengths, weights, *ctx.sizes
+    )
+    return d_x, None, d_broadcast, None, None, None, d_weights, *([None] * 5)
+
+
+_local_block.register_autograd(_backward, setup_context=_save)
 
 
 def launch(
@@ -274,8 +327,9 @@ def launch(
     gap: int,
     wide_dilation: int,
     keep_hidden: bool,
+    keep_results: bool,
     chosen: Configuration | HopperConfiguration | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Runs the kernel; as the operator, with a configuration to choose (the shipped one when None).
 
     The configuration's type says which kernel: a HopperConfiguration that of ``local_block_hopper.py``, which takes
@@ -290,7 +344,12 @@ def launch(
         gap: rows before the first protein.
         wide_dilation: rows between the taps of the wide convolution.
         keep_hidden: also give the states after the first norm.
+        keep_results: also give both convolutions' results.
         chosen: how to cut the launch.
+
+    Returns:
+        Hidden states, new states, and the results of the narrow and the wide convolution, each (R, D), or (0, D) where
+        not asked for.
     """
     c: Configuration | HopperConfiguration
     w = LocalBlockWeights(*weights)
@@ -298,8 +357,10 @@ def launch(
     precision, capability = product_precision(dtype), capability_of(x)
     if chosen is not None:
         c = chosen
-    elif tokens is not None or portable_because(
-        capability, channels, dtype, w.narrow_weight.shape[-1], wide_dilation, gap
+    elif (
+        tokens is not None
+        or keep_results
+        or portable_because(capability, channels, dtype, w.narrow_weight.shape[-1], wide_dilation, gap)
     ):
         c = configuration(capability, channels, dtype, precision)
     else:
@@ -309,7 +370,9 @@ def launch(
     if isinstance(c, HopperConfiguration):
         from proteinbert_fast.ops.kernels import local_block_hopper
 
-        return local_block_hopper.launch(x.contiguous(), broadcast, segments, w, gap, wide_dilation, keep_hidden, c)
+        nothing = x.new_empty(0, channels)
+        states = local_block_hopper.launch(x.contiguous(), broadcast, segments, w, gap, wide_dilation, keep_hidden, c)
+        return *states, nothing, nothing
     # (out, in, taps) to (taps, in, out), narrow above wide: a tile of it is what a product takes.
     taps = torch.cat([w.narrow_weight.permute(2, 1, 0), w.wide_weight.permute(2, 1, 0)]).to(dtype)
     symbols = 0
@@ -322,6 +385,7 @@ def launch(
         taps = torch.matmul(x, taps)
     hidden = x.new_empty(n_rows if keep_hidden or c.chunked_dense else 0, channels)
     local = x.new_empty(n_rows, channels)
+    narrow, wide = (x.new_empty(n_rows if keep_results else 0, channels) for _ in range(2))
     local[:gap] = 0
     if keep_hidden:
         hidden[:gap] = 0
@@ -336,13 +400,13 @@ def launch(
     local_block_kernel[(triton.cdiv(n_rows - gap, c.rows),)](
         *tiles, x, segments if tokens is None else tokens, broadcast.contiguous(), segments, w.narrow_bias, w.wide_bias,
         w.norm1_weight, w.norm1_bias, w.dense_weight.to(dtype).contiguous(), w.dense_bias, w.norm2_weight, w.norm2_bias,
-        hidden, local, gap, n_rows,
+        hidden, local, narrow, wide, gap, n_rows,
         D=channels, TAPS=w.narrow_weight.shape[-1], DILATION=wide_dilation, M=c.rows, CHUNK=min(c.chunk, channels),
         STAGES=c.stages, DESCRIPTORS=c.descriptors, PRECISION=precision, KEEP_HIDDEN=keep_hidden,
         CHUNKED_DENSE=c.chunked_dense, EPSILON=LAYER_NORM_EPS, KEPT=dtype != torch.float32 and not is_interpreted(),
-        SYMBOLS=symbols, num_warps=c.warps, num_stages=c.stages,
+        SYMBOLS=symbols, KEEP_RESULTS=keep_results, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
-    return hidden if keep_hidden else x.new_empty(0, channels), local
+    return hidden if keep_hidden else x.new_empty(0, channels), local, narrow, wide
 
 
 def local_block(
@@ -352,6 +416,7 @@ def local_block(
     weights: LocalBlockWeights,
     wide_dilation: int,
     keep_hidden: bool = False,
+    save: Literal["preactivations", "inputs"] = "preactivations",
 ) -> tuple[Tensor | None, Tensor]:
     """``reference.local_block`` in one kernel.
 
@@ -362,22 +427,15 @@ def local_block(
         weights: the block's parameters; products take them in the dtype of ``x``.
         wide_dilation: rows between the taps of the wide convolution.
         keep_hidden: also return the states after the first norm.
+        save: what the backward pass finds: both convolutions' results and ``x``, or ``x`` alone.
 
     Returns:
         The hidden states (R, D) or None, and the new local states (R, D).
     """
-    segments = batch.segments
     tokens, states = (x.tokens, x.weight) if isinstance(x, Embedded) else (None, x)
-
-    def fast(x: Tensor, broadcast: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = _local_block(
-            x, tokens, broadcast, segments, list(weights), batch.gap, wide_dilation, keep_hidden
-        )
-        return result
-
-    def plain(x: Tensor, broadcast: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        rows = x if tokens is None else reference.embed_tokens(tokens, x)
-        return reference.local_block(rows, broadcast, segments, LocalBlockWeights(*weights), wide_dilation)
-
-    hidden, local = recomputed(fast, plain, states, broadcast, *weights)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (states, broadcast, *weights))
+    hidden, local, _, _ = _local_block(
+        states, tokens, broadcast, batch.segments, batch.starts, batch.lengths, list(weights), batch.gap, wide_dilation,
+        batch.longest, keep_hidden, wanted and save == "preactivations",
+    )  # fmt: skip
     return (hidden if keep_hidden else None), local
