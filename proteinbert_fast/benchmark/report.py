@@ -239,7 +239,8 @@ def default_folder(environment: dict[str, Any]) -> Path:
     """Where results go unless said otherwise: ``benchmarks/results/`` of the checkout, or a new folder here."""
     root = machine.checkout()
     parent = root / "benchmarks" / "results" if root else Path("proteinbert-fast-bench")
-    device = re.sub(r"[^a-z0-9]+", "-", f"{environment['cpu']} {environment['cores']} cores".lower()).strip("-")
+    name = environment.get("gpu") or f"{environment['cpu']} {environment['cores']} cores"
+    device = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return parent / f"{environment['date'][:10]}-{device}"
 
 

@@ -1,6 +1,7 @@
 """``proteinbert-fast doctor``: what is installed, what will run and why, and whether it works."""
 
 import argparse
+import importlib.util
 import os
 import platform
 import random
@@ -102,11 +103,15 @@ def _backends() -> Iterator[tuple[str, str]]:
                 f"{device}, {dtype}",
                 report + (", the default" if chosen and device == _devices()[-1] else ""),
             )
+    if importlib.util.find_spec("triton") is not None:
+        from proteinbert_fast.ops.kernels import tuning
+
+        yield "kernel tuning", tuning.report()
 
 
 def _weights() -> Iterator[tuple[str, str]]:
+    from proteinbert_fast.cache import cache_directory
     from proteinbert_fast.checkpoints import PUBLISHED, is_offline
-    from proteinbert_fast.checkpoints.published import cache_directory
 
     for name, published in PUBLISHED.items():
         path = cache_directory() / published.file_name

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from proteinbert_fast.ops import reference
+from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import LOG2_E, gelu, tanh
 from proteinbert_fast.ops.kernels.launching import capability_of, padded, product_precision
 from proteinbert_fast.ops.kernels.linear import linear
@@ -162,7 +163,9 @@ def weights_kernel(
 
 
 def configuration(capability: int, channels: int, dtype: torch.dtype) -> Configuration:
-    """The shipped one for a device; as for the local block."""
+    """The tuned one of this machine, or the shipped one for a device; as for the local block."""
+    if (tuned := tuning.lookup("global_attention", Configuration, capability, channels, dtype)) is not None:
+        return tuned
     if capability == 0:  # Time in the interpreter goes by the number of operations, not by their sizes.
         return Configuration(64, 4, 1, 32 if dtype == torch.float32 else 0)
     if dtype == torch.float32 or capability < 80:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.ops import reference
+from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import gelu, kept_16_bit, layer_norm
 from proteinbert_fast.ops.kernels.launching import capability_of, is_interpreted, product_precision
 from proteinbert_fast.ops.recompute import recomputed
@@ -138,13 +139,15 @@ def local_block_kernel(
 
 
 def configuration(capability: int, channels: int, dtype: torch.dtype) -> Configuration:
-    """The shipped one for a device.
+    """The tuned one of this machine, or the shipped one for a device.
 
     Args:
         capability: 80 for 8.0; 0 in the interpreter.
         channels: D.
         dtype: of the states.
     """
+    if (tuned := tuning.lookup("local_block", Configuration, capability, channels, dtype)) is not None:
+        return tuned
     wide = channels > 128
     if capability == 0:  # Time in the interpreter goes by the number of operations, not by their sizes.
         return Configuration(64, 32, 4, 2, False, dtype == torch.float32)
