@@ -53,7 +53,7 @@ class Row:
         ours_over_this: our rate over this case's, in each round; empty for ours and where there is none.
         bytes: numbers of a memory case.
         values: whatever else was found, by name.
-        target: what the project aims at here; None where it states nothing.
+        targets: what the project aims at here.
     """
 
     case: Case
@@ -66,7 +66,7 @@ class Row:
     ours_over_this: list[float] = field(default_factory=list)
     bytes: dict[str, float] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
-    target: Target | None = None
+    targets: list[Target] = field(default_factory=list)
 
     @property
     def rates(self) -> list[float]:

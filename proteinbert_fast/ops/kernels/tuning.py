@@ -1,8 +1,8 @@
 """Configurations found on this machine by ``proteinbert-fast bench --tune``, used instead of the shipped ones.
 
-They lie in a file of their own per GPU, Triton and version of this package, which is read once per process. A file that is
-damaged or of something else is named in one warning and left alone; the shipped configurations run then. Tuned ones have
-been checked to give the same bits as shipped ones.
+They lie in a file of their own per GPU, Triton and version of this package, which is read once per process. A file that
+is damaged or of something else is named in one warning and left alone; the shipped configurations run then. Tuned ones
+have been checked to give the same bits as shipped ones.
 """
 
 import json
@@ -116,8 +116,7 @@ def table(index: int) -> Table | None:
             try:
                 _tables[index] = read(path, machine)
             except Unusable as error:
-                logger.warning("%s %s: shipped configurations are used; make it anew with "
-                               "'proteinbert-fast bench --tune', or delete it", path, error)  # fmt: skip
+                _warn(f"{path} {error}")
     return _tables[index]
 
 
@@ -160,11 +159,15 @@ def lookup(kernel: str, kind: type[Chosen], capability: int, channels: int, dtyp
         return None
     names: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
     if fields.keys() != set(names):
-        logger.warning("%s has other fields for %s than %s: shipped configurations are used; make it anew with "
-                       "'proteinbert-fast bench --tune', or delete it", found.path, kernel, ", ".join(names))  # fmt: skip
+        _warn(f"{found.path} has other fields for {kernel} than {', '.join(names)}")
         _tables[index] = None
         return None
-    return kind(*(fields[name] for name in names))
+    return kind(*[fields[name] for name in names])  # type: ignore[arg-type]
+
+
+def _warn(what: str) -> None:
+    again = "make it anew with 'proteinbert-fast bench --tune', or delete it"
+    logger.warning("%s: shipped configurations are used; %s", what, again)
 
 
 def report() -> str:
