@@ -1,9 +1,10 @@
 """What each GPU kernel has to do, and the time that takes at least: arithmetic, memory, cache, instructions.
 
 A `Cost` counts what a launch does; divided by a device's `Peaks` it gives a time for each thing that may bound it. The
-longest of them is the least time there can be, when everything overlaps perfectly. A second number, `Times.serial`, adds
-products and other instructions up instead: that is what a multiprocessor takes on which one program runs at a time and
-nothing overlaps. A measurement should lie between the two; where it does not, either the count or the kernel is wrong.
+longest of them is the least time there can be, when everything overlaps perfectly. A second number, `Times.serial`,
+adds products and other instructions up instead: that is what a multiprocessor takes on which one program runs at a time
+and nothing overlaps. A measurement should lie between the two; where it does not, either the count or the kernel is
+wrong.
 
 What is counted, for a state of D channels of s bytes, T taps, tiles of M rows:
 

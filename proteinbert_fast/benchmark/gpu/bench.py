@@ -1,4 +1,4 @@
-"""What all sections of a GPU report have in common: device, clock, models, peaks, what failed, how much time is left."""
+"""What all sections of a GPU report have in common: device, clock, models, peaks, failures, time that is left."""
 
 import copy
 import gc
@@ -88,7 +88,8 @@ class Bench:
 
     def _model(self, precision: str) -> ProteinBert:
         """Ours with random weights on the device; always the same weights."""
-        model = copy.deepcopy(self.setup.model).to(self.device, PRECISIONS[precision].dtype)
+        with torch.inference_mode(False):  # it is kept, for whoever asks next
+            model = copy.deepcopy(self.setup.model).to(self.device, PRECISIONS[precision].dtype)
         model.backend = "triton"
         return model
 
@@ -132,6 +133,8 @@ class Bench:
 
     def enough_calls(self, ready: Ready[Result]) -> Ready[Result]:
         """The same, with as many calls per timing as make it long enough."""
+        if not self.settings.timed_seconds:
+            return ready
         once = max(self.clock(replace(ready, calls=1)), 1e-7)
         calls = min(max(round(self.settings.timed_seconds / once), 1), _MOST_CALLS)
         return replace(ready, calls=calls)
@@ -177,7 +180,7 @@ class Bench:
             rows.append(row)
             if ready is not None:
                 timed.append((row, ready))
-        if not self.lost:
+        if timed and not self.lost:
             try:
                 timed = [(row, self.enough_calls(ready)) for row, ready in timed]
                 timing.in_rounds(timed, rounds or self.settings.rounds, lambda _: None, self.clock)
@@ -192,6 +195,8 @@ class Bench:
         """A case's row without numbers, and the case made ready if it may be measured."""
         if (reason := self.reason_not_to(case)) is not None:
             return Row(case, "unavailable", reason), None
+        if (reason := self.reason_for_wrong(case)) is not None:
+            return Row(case, "wrong", check=reason), None
         self.say(case.label)
         try:
             row, ready, _ = timing.checked(case)
@@ -210,6 +215,10 @@ class Bench:
             return self.obstacle or self.lost
         if self.seconds > self.settings.limit_seconds:
             return f"out of time: {self.seconds:.0f} s had passed"
+        return None
+
+    def reason_for_wrong(self, case: Case) -> str | None:
+        """Which check of what a case runs has failed, or None."""
         if case.ours and case.dtype is not None:
             # The model needs all operations; a case of one kernel alone has its name.
             for (operation, precision), why in self.failed.items():
@@ -227,9 +236,9 @@ class Bench:
 
     def tidy(self) -> None:
         """Gives memory back, and notices when the device can no longer be used."""
-        gc.collect()
         if not self.on_gpu or self.lost:
             return
+        gc.collect()
         try:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()

@@ -130,12 +130,13 @@ def _operation(setting: Setting, operation: Operation, pairs: list[tuple[Inputs,
     for residues, (made, exact) in zip(settings.check_lengths, pairs, strict=True):
         with poisoned_memory():
             found, again = operation.run(made), operation.run(made)
-        check = compared(found, operation.exact(exact), precision.name)
+        right = operation.exact(exact)
+        check = compared(found, right, precision.name)
         if not check.passed:
             return Check(False, f"{check.found}, residues {_lengths(residues)}")
         if not same(found, again):
             return Check(False, f"two runs differ, residues {_lengths(residues)}")
-        worst = max(worst, error(found, operation.exact(exact)))
+        worst = max(worst, error(found, right))
     longest = max(map(max, settings.check_lengths))
     batches = len(settings.check_lengths)
     return Check(True, f"largest error {worst:.1e} in {batches} batches of 0 to {longest:,} residues; two runs equal")

@@ -23,7 +23,7 @@ from proteinbert_fast.ops.backends import check_backend
 PROGRAM = "gpu_report"
 EPILOG = """\
 Every kernel is checked against the float64 reference on the device before anything is timed; what is wrong is shown as
-WRONG, without a time, and the exit code is 1. Without a GPU the tables say what would be measured, and the exit code is 0.
+WRONG, without a time, and the exit code is 1. Without a GPU the tables say what would be measured; the exit code is 0.
 docs/benchmarks.md says what each row means. Let nothing else run on the GPU meanwhile.
 """
 
@@ -58,12 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--sections", type=_names(sections.SECTIONS), default=sections.SECTIONS, metavar="A,B",
-                        help=f"of {', '.join(sections.SECTIONS)}; without checks nothing is known to be right")  # fmt: skip
+    known = sections.SECTIONS
+    parser.add_argument("--sections", type=_names(known), default=known, metavar="A,B",
+                        help=f"of {', '.join(known)}; without checks, kernels are not known to be right")  # fmt: skip
     parser.add_argument("--precisions", type=_names(tuple(PRECISIONS)), metavar="A,B",
                         help=f"of {', '.join(PRECISIONS)}")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="DIR",
-                        help="default: benchmarks/results/DATE-DEVICE in a checkout; without a GPU nothing")  # fmt: skip
+                        help="default: benchmarks/results/DATE-DEVICE in a checkout; without a GPU, none")  # fmt: skip
     parser.add_argument("--limit", type=float, default=560.0, metavar="SECONDS",
                         help="end the process after so long, whatever it does; default: %(default).0f")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything works")

@@ -1,4 +1,4 @@
-"""The kernels, each in one entry: how it is called, what it must give, what it has to do. A new kernel is an entry here.
+"""The kernels, each in one entry: how it is called, what it must give, what it has to do. A new kernel is a new entry.
 
 The same list feeds the checks on the device, the timings of single kernels and the cost model's predictions.
 """
@@ -90,7 +90,8 @@ class Inputs:
         twin.device = twin.exact_device = self.exact_device
         for name in ("block", "token_head", "annotation_head"):
             layer: nn.Module = getattr(self, name)
-            copy = Block(self.config) if name == "block" else nn.Linear(*reversed(layer.weight.shape))  # type: ignore[union-attr, arg-type]
+            weight = layer.state_dict().get("weight")
+            copy = Block(self.config) if weight is None else nn.Linear(weight.shape[1], weight.shape[0])
             copy = copy.to(self.exact_device, torch.float64).requires_grad_(False)
             copy.load_state_dict(layer.state_dict())
             setattr(twin, name, copy)

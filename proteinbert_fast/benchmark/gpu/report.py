@@ -8,8 +8,7 @@ from typing import Any
 
 from proteinbert_fast.benchmark.cases import flops_per_token
 from proteinbert_fast.benchmark.gpu.bench import KERNELS
-from proteinbert_fast.benchmark.gpu.sections import title
-from proteinbert_fast.benchmark.gpu.sections.kernels import PROFILE
+from proteinbert_fast.benchmark.gpu.sections import profile, title
 from proteinbert_fast.benchmark.gpu.settings import GpuSettings
 from proteinbert_fast.benchmark.report import JSON_NAME, MARKDOWN_NAME, markdown, percent, short, three, times
 from proteinbert_fast.benchmark.timing import Row, Target, percentiles
@@ -238,7 +237,7 @@ def _profile_table(rows: Sequence[Row]) -> list[str]:
     return markdown(["kernel", "dtype", "ms", "launches", "share", "ns per token"], body)
 
 
-_TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {KERNELS: _kernel_table, PROFILE: _profile_table}
+_TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {KERNELS: _kernel_table, profile.TABLE: _profile_table}
 
 
 def write(report: GpuReport, folder: Path) -> list[Path]:

@@ -74,7 +74,7 @@ def work(bench: Bench, chosen: Sample) -> Work:
 
 
 def rows(bench: Bench) -> list[Row]:
-    """Ours by precision, in graphs too; padded eager in the first precision; and the matrix rates, in the same rounds."""
+    """Ours by precision, in graphs too; padded eager in the first; and the matrix rates, in the same rounds."""
     chosen, first = sample(bench), bench.precisions[0]
     cases = [ours(bench, chosen, precision) for precision in bench.precisions]
     cases += [ours(bench, chosen, p, in_graph=True) for p in bench.precisions if p.dtype.itemsize == 2]

@@ -1,4 +1,4 @@
-"""Each kernel alone, beside what the cost model predicts; and one forward pass, kernel by kernel."""
+"""Each kernel alone, beside what the cost model predicts."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -7,24 +7,19 @@ from typing import Any
 import torch
 
 from proteinbert_fast.benchmark import cost_model
-from proteinbert_fast.benchmark.cases import Case, Ready, Unavailable, Work
+from proteinbert_fast.benchmark.cases import Case, Ready, Work
 from proteinbert_fast.benchmark.gpu.bench import KERNELS, Bench
 from proteinbert_fast.benchmark.gpu.operations import OPERATIONS, Inputs, Operation, Tensors, compared, same, tile_rows
 from proteinbert_fast.benchmark.gpu.precision import Precision
 from proteinbert_fast.benchmark.setup import OURS
 from proteinbert_fast.benchmark.timing import Row, percentiles
-from proteinbert_fast.model import ProteinBert
-from proteinbert_fast.packing import PackedBatch
-from proteinbert_fast.tokenizer import Tokenizer
 
 TITLE = "Kernels"
-PROFILE = "one forward pass, kernel by kernel"
-_SHOWN = 14  # kernels of a profile; the others are added up
 _COMPARED_ROWS = 2000  # residues whose results are compared with the reference again, at the beginning of the batch
 
 
 def rows(bench: Bench) -> list[Row]:
-    """A row per kernel and precision, then one per kernel of a forward pass."""
+    """A row per kernel and precision."""
     lengths = kernel_lengths(bench)
     found = []
     for precision in bench.precisions:
@@ -37,7 +32,7 @@ def rows(bench: Bench) -> list[Row]:
             found.append(row)
         inputs.cache_clear()
         bench.tidy()
-    return found + [row for precision in bench.precisions[:1] for row in _profile(bench, precision, lengths)]
+    return found
 
 
 def kernel_lengths(bench: Bench) -> list[int]:
@@ -135,63 +130,3 @@ def forward_prediction(bench: Bench, batch_lengths: list[int], precision: Precis
     )
     found = cost_model.forward_seconds(bench.settings.config, size, tile_rows(inputs), bench.peaks, precision.name)
     return {str(bound): seconds for bound, seconds in found.items()}
-
-
-def _profile(bench: Bench, precision: Precision, lengths: list[int]) -> list[Row]:
-    """Device time of each kernel, by the profiler; without asking which kernels there should be."""
-    tokens = sum(lengths) + 2 * len(lengths)
-    found: dict[str, tuple[int, float]] = {}
-
-    def case(name: str, prepare: Callable[[], Ready[Any]]) -> Case:
-        work = Work(proteins=len(lengths), residues=sum(lengths), tokens=tokens)
-        return Case(table=PROFILE, name=name, what="device time in torch.profiler", owner=OURS, ours=True, work=work,
-                    unit="tokens/s", prepare=prepare, dtype=precision.name)  # fmt: skip
-
-    def prepare() -> Ready[None]:
-        model: ProteinBert = bench.model(precision.name)
-        batch: PackedBatch = Tokenizer(gap=bench.settings.config.reach)([b"M" * n for n in lengths]).to(bench.device)
-
-        def run() -> None:
-            with torch.inference_mode(), precision.active():
-                model(batch)
-            bench.synchronize()
-
-        if not bench.on_gpu:
-            run()
-            raise Unavailable("there is no device to profile")
-        for _ in range(2):
-            run()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            run()
-        found.update(_device_times(profiler))
-        if not found:
-            raise Unavailable("the profiler saw no kernel")
-        return Ready(lambda: None, None)
-
-    whole, _ = bench.checked(case("all kernels", prepare))
-    if whole.status != "measured":
-        return [whole]
-    ordered = sorted(found.items(), key=lambda item: -item[1][1])
-    total = sum(seconds for _, (_, seconds) in ordered)
-    shown = ordered[:_SHOWN]
-    if rest := ordered[_SHOWN:]:
-        shown.append((f"{len(rest)} others", (sum(n for _, (n, _) in rest), sum(s for _, (_, s) in rest))))
-    whole.seconds, whole.values = [total], {"launches": sum(n for _, (n, _) in ordered), "share": 1.0}
-    result = [whole]
-    for name, (launches, seconds) in shown:
-        row = Row(case(name, lambda: Ready(lambda: None, None)), "measured", seconds=[seconds])
-        row.values = {"launches": launches, "share": seconds / total}
-        result.append(row)
-    for row in result:
-        row.values["ns_per_token"] = 1e9 * row.seconds[0] / tokens
-    return result
-
-
-def _device_times(profiler: Any) -> dict[str, tuple[int, float]]:
-    """Launches and seconds of each kernel."""
-    found = {}
-    for event in profiler.key_averages():
-        microseconds = getattr(event, "self_device_time_total", 0) or 0
-        if microseconds:
-            found[event.key.replace("|", "/")[:60]] = (int(event.count), microseconds / 1e6)
-    return found
