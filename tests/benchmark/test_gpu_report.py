@@ -6,15 +6,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from proteinbert_fast.benchmark import report as reports
 from proteinbert_fast.benchmark.cases import Case, Check, Ready, Unavailable, Work
+from proteinbert_fast.benchmark.gpu import bench as gpu_bench
 from proteinbert_fast.benchmark.gpu import checks, command
 from proteinbert_fast.benchmark.gpu.bench import NO_GPU, Bench
 from proteinbert_fast.benchmark.gpu.report import GpuReport
 from proteinbert_fast.benchmark.gpu.sections import SECTIONS, compiled, latency, long
+from proteinbert_fast.benchmark.gpu.sections import machine as machine_section
 from proteinbert_fast.benchmark.gpu.settings import GpuSettings
 from proteinbert_fast.benchmark.timing import Row, Target
 
@@ -234,3 +238,28 @@ def test_long_proteins_repeat_themselves():
     sequence = long.of_period(25, 10)
     assert len(sequence) == 25
     assert sequence[:10] == sequence[10:20]
+
+
+def test_the_environment_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    found = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132,
+                            total_memory=85 * 10**9, L2_cache_size=50 * 2**20)  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    line = "580.159.04, 345 MHz, 2619 MHz, 1980 MHz, 2619 MHz, 71.2 W, 700.00 W, 31, P0\n"
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=line))
+    monkeypatch.setattr(gpu_bench.machine, "commit", lambda: "abc")
+    e = gpu_bench.environment(torch.device("cuda"))
+    assert (e["device"], e["gpu"], e["capability"], e["multiprocessors"]) == ("cuda", found.name, "9.0", 132)
+    assert e["gpu_state"]["clocks.max.sm"] == "1980 MHz"
+    assert e["gpu_state"]["driver_version"] == "580.159.04"
+    json.dumps(e)
+    assert reports.default_folder(e).name.endswith("-nvidia-h100-80gb-hbm3")
+    assert machine_section._clock(1.7e9) == 1.98e9
+
+
+def test_without_nvidia_smi_clocks_are_unknown(monkeypatch: pytest.MonkeyPatch):
+    def missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert gpu_bench.gpu_state() == {}
+    assert machine_section._clock(1.7e9) == 1.7e9

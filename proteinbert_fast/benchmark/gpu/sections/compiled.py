@@ -40,6 +40,7 @@ class Compiler:
     def __init__(self, bench: Bench, precision: Precision) -> None:
         self.bench, self.precision = bench, precision
         self.seconds: list[float] = []
+        self.failed: str | None = None
         self._models: dict[bool, PaddedProteinBert] = {}
 
     @property
@@ -60,8 +61,10 @@ class Compiler:
         Raises:
             Unavailable: it cannot be compiled here, or not in the time that is left.
         """
+        if self.failed:
+            raise Unavailable(self.failed)
         if self.shapes < 1:
-            raise Unavailable(f"no time left to compile: the first shape took {self.seconds[0]:.0f} s")
+            raise Unavailable(f"no time left to compile, {sum(self.seconds):.0f} s have gone into it")
         if dynamic not in self._models:
             model = PaddedProteinBert(self.bench.model(self.precision.name), channels_last=True)
             # 8 versions of a function, the default, are soon used up; then it would run eagerly.
@@ -77,7 +80,8 @@ class Compiler:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise Unavailable(f"torch.compile fails here: {first_line(error)}") from error
+            self.failed = f"torch.compile fails here: {first_line(error)}"
+            raise Unavailable(self.failed) from error
         self.seconds.append(time.perf_counter() - started)
         return self._models[dynamic]
 

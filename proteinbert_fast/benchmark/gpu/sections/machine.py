@@ -8,6 +8,7 @@ import torch
 from proteinbert_fast.benchmark import machine
 from proteinbert_fast.benchmark.cases import Case, Check, Probe, Ready, Unavailable, Unit, Work
 from proteinbert_fast.benchmark.gpu.bench import Bench, gpu_state
+from proteinbert_fast.benchmark.gpu.operations import error
 from proteinbert_fast.benchmark.gpu.precision import Precision
 from proteinbert_fast.benchmark.timing import Row, best_probe, percentiles
 
@@ -128,8 +129,8 @@ def _cached_reads(bench: Bench) -> Case:
     def prepare() -> Ready[torch.Tensor]:
         try:
             from proteinbert_fast.benchmark.gpu.reading import read_loop_kernel
-        except ImportError as error:
-            raise Unavailable(f"needs triton: {error}") from error
+        except ImportError as problem:
+            raise Unavailable(f"needs triton: {problem}") from problem
         numbers = torch.randn(blocks, block, device=bench.device)
         out = torch.empty(programs, block, device=bench.device)
 
@@ -143,8 +144,8 @@ def _cached_reads(bench: Bench) -> Case:
                 + torch.arange(programs, device=bench.device)[:, None]
             )
             right = numbers.double()[steps % blocks].sum(1)
-            error = (out.double() - right).abs().max().item()
-            return Check(error <= 1e-4, f"largest error {error:.1e}, allowed 0.0001")
+            worst = error((out,), (right,))
+            return Check(worst <= 1e-5, f"largest error {worst:.1e}, allowed 1e-05")
 
         return Ready(run, check)
 
