@@ -45,6 +45,8 @@ LEAST_GAIN = 0.02
 _SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that one program may use
 _ODD_LENGTHS = (0, 1, 13, 61, 126, 127, 509, 510, 1030)
 _TIMINGS = 5
+# A process that takes longer than this and as much again per candidate hangs in the candidate it is at.
+_START_SECONDS, _CANDIDATE_SECONDS = 120.0, 20.0
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -262,7 +264,7 @@ def tune(dtypes: Sequence[str], channels: Sequence[int], say: Callable[[str], No
     machine = tuning.machine_of(torch.cuda.current_device())
     found: dict[str, tuple[Any, ...]] = {}
     for job in [Job(kernel, dtype, width) for kernel in KERNELS for dtype in dtypes for width in channels]:
-        say(f"{job}: {len(candidates(job, machine.capability))} candidates")
+        say(f"{job}: {len(candidates(job, machine.capability))} candidates, a few seconds each")
         best = _in_processes(job, candidates(job, machine.capability), say)
         key = tuning.key_of(job.kernel, getattr(torch, job.dtype), job.channels)
         if best is not None:
@@ -358,20 +360,29 @@ def outcome_of(lines: Sequence[str]) -> Outcome:
 
 
 def _process(job: Job, wanted: Sequence[tuple[Any, ...]]) -> tuple[list[str], str]:
+    """Lines that the search printed in a process of its own, and how that ended."""
     paths = [str(Path(proteinbert_fast.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with tempfile.TemporaryFile("w+") as errors:
-        done = subprocess.run(
+    seconds = _START_SECONDS + _CANDIDATE_SECONDS * len(wanted)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
             [sys.executable, "-m", __name__],
-            input=json.dumps({"job": job, "candidates": wanted}),
-            stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE,
+            stdout=out,
             stderr=errors,
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
-            check=False,
         )
+        try:
+            process.communicate(json.dumps({"job": job, "candidates": wanted}), timeout=seconds)
+            end = f"its process ended with exit code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            end = f"its process was ended after {seconds:.0f} s"
+        out.seek(0)
         errors.seek(0)
         last = (errors.read().strip().splitlines() or [""])[-1][:200]
-    return done.stdout.splitlines(), f"its process ended with exit code {done.returncode} {last}".strip()
+        return out.read().splitlines(), f"{end} {last}".strip()
 
 
 def device_timer(bench: Bench) -> Timer:

@@ -15,12 +15,13 @@ from proteinbert_fast.benchmark import report as reports
 from proteinbert_fast.benchmark.cases import Case, Check, Ready, Unavailable, Work
 from proteinbert_fast.benchmark.gpu import bench as gpu_bench
 from proteinbert_fast.benchmark.gpu import checks, command
-from proteinbert_fast.benchmark.gpu.bench import NO_GPU, Bench
+from proteinbert_fast.benchmark.gpu.bench import KERNELS, NO_GPU, Bench
 from proteinbert_fast.benchmark.gpu.report import GpuReport
-from proteinbert_fast.benchmark.gpu.sections import SECTIONS, compiled, latency, long
+from proteinbert_fast.benchmark.gpu.sections import SECTIONS, compiled, forward, latency, long
 from proteinbert_fast.benchmark.gpu.sections import machine as machine_section
 from proteinbert_fast.benchmark.gpu.settings import GpuSettings
 from proteinbert_fast.benchmark.timing import Row, Target
+from proteinbert_fast.errors import InputError
 
 TINY = replace(GpuSettings().tiny(), precisions=("bfloat16",))
 ROOT = Path(__file__).parents[2]
@@ -263,3 +264,22 @@ def test_without_nvidia_smi_clocks_are_unknown(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(subprocess, "run", missing)
     assert gpu_bench.gpu_state() == {}
     assert machine_section._clock(1.7e9) == 1.7e9
+
+
+def test_picture(bench: Bench, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    from proteinbert_fast.benchmark.gpu.picture import draw
+
+    def row(table: str, ours: bool = True, **values: float) -> Row:
+        made = Row(case("name", lambda: ready(Check(True, "")), ours=ours, table=table), "measured", seconds=[1.0, 2.0])
+        made.case = replace(made.case, work=Work(proteins=2, residues=100, tokens=104))
+        made.values = values
+        return made
+
+    kernel = {"ns_per_token": 2.0, "predicted_ns_per_token": 1.0}
+    rows = [row(forward.TABLE), row(forward.TABLE, False), row(long.ONE, ns_per_residue=3.0),
+            row(long.MANY, ns_per_residue=3.5), row(KERNELS, **kernel)]  # fmt: skip
+    draw(GpuReport(TINY, bench.environment, None, {"forward": rows}, {}), tmp_path / "results.png")
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="nothing was measured"):
+        draw(GpuReport(TINY, bench.environment, None, {}, {}), tmp_path / "none.png")
