@@ -97,7 +97,9 @@ class GpuSettings:
         """Everything once in the smallest sizes, for Triton's interpreter on a CPU."""
         return replace(
             self,
-            config=ProteinBertConfig(n_annotations=30, d_local=32, d_global=32, n_blocks=1, n_heads=2, d_key=16),
+            config=ProteinBertConfig(
+                n_annotations=30, d_local=32, d_global=32, n_blocks=1, n_heads=2, d_key=16, kernel_size=3
+            ),
             rounds=1,
             timed_seconds=0.0,
             limit_seconds=600.0,
