@@ -172,6 +172,11 @@ def test_targets_say_whether_they_are_reached(bench: Bench):
     assert "| speed | at least 80 M residues/s | 81 M residues/s | reached |" in text
     assert "| latency | at most 0.4 ms | 0.41 ms | **not reached** |" in text
     assert "| memory | at most 1,024 B | not measured |" in text
+    assert GpuReport(TINY, bench.environment, None, {"latency": [row]}, {}).summary() == [
+        "speed: 81 M residues/s, wanted at least 80 M: reached",
+        "latency: 0.41 ms, wanted at most 0.4: not reached",
+        "memory: not measured, wanted at most 1,024",
+    ]
 
 
 def test_flatness_needs_every_length():

@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1
+    if not obstacle:
+        print("\n".join(report.summary()), file=sys.stderr)
     if obstacle:
         print(f"{PROGRAM}: note: {obstacle}: nothing was measured", file=sys.stderr)
     for row in report.wrong:

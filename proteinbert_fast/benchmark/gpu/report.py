@@ -49,6 +49,16 @@ class GpuReport:
         """What the project aims at, with the row that it was measured in."""
         return [(row, target) for row in self.rows for target in row.targets]
 
+    def summary(self) -> list[str]:
+        """The targets, a line each, for the end of a log."""
+        lines = []
+        for _, target in self.targets:
+            value = "not measured" if target.value is None else f"{_number(target.value)} {target.unit}"
+            bound = f"{'at least' if target.at_least else 'at most'} {_number(target.wanted)}"
+            reached = {True: ": reached", False: ": not reached", None: ""}[target.reached]
+            lines.append(f"{target.what}: {value}, wanted {bound}{reached}")
+        return lines
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values. Every row stands for itself: it carries the machine and the versions."""
         return {

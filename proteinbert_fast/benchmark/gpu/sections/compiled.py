@@ -122,7 +122,7 @@ def rows(bench: Bench) -> list[Row]:
 def _note(compiler: Compiler) -> str:
     seconds, options = compiler.seconds, compiler.bench.settings.compile_options
     how = options.get("mode") or options.get("backend") or "default"
-    return f"{how}, channels last, {len(seconds)} steps of compiling took {sum(seconds):.0f} s, not counted"
+    return f"{how}, channels last, compiling took {sum(seconds):.0f} s so far, not counted"
 
 
 def _ideal(bench: Bench, compiler: Compiler, precision: Precision) -> Case:
