@@ -44,10 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1
-    if not obstacle:
-        print("\n".join(report.summary()), file=sys.stderr)
-    if obstacle:
-        print(f"{PROGRAM}: note: {obstacle}: nothing was measured", file=sys.stderr)
+    lines = [f"{PROGRAM}: note: {obstacle}: nothing was measured"] if obstacle else report.summary()
+    print("\n".join(lines), file=sys.stderr)
     for row in report.wrong:
         print(f"{PROGRAM}: error: WRONG: {row.case.label}: {row.check}", file=sys.stderr)
     return 1 if report.wrong else 0
