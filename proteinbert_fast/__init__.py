@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from proteinbert_fast.errors import CheckpointError as CheckpointError
     from proteinbert_fast.errors import InputError as InputError
     from proteinbert_fast.errors import ProteinBertError as ProteinBertError
+    from proteinbert_fast.graphs import GraphedForward as GraphedForward
     from proteinbert_fast.model import ProteinBert as ProteinBert
     from proteinbert_fast.outputs import PaddedOutput as PaddedOutput
     from proteinbert_fast.outputs import ProteinBertOutput as ProteinBertOutput
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BackendError": "errors",
     "CheckpointError": "errors",
+    "GraphedForward": "graphs",
     "InputError": "errors",
     "PackedBatch": "packing",
     "PaddedOutput": "outputs",

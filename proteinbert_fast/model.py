@@ -8,7 +8,7 @@ and tells the local track of the next block what the global track has become.
 import math
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,16 @@ from proteinbert_fast.config import LAYER_NORM_EPS, VOCABULARY_SIZE, ProteinBert
 from proteinbert_fast.errors import InputError
 from proteinbert_fast.ops import backends, reference
 from proteinbert_fast.ops.backends import Choice, Operations
-from proteinbert_fast.ops.reference import GlobalBlockWeights, LocalBlockWeights
-from proteinbert_fast.outputs import PaddedOutput, ProteinBertOutput
+from proteinbert_fast.ops.reference import (
+    Embedded,
+    GlobalBlockWeights,
+    GlobalTrack,
+    GlobalTrackWeights,
+    LocalBlockWeights,
+    Message,
+    MessageWeights,
+)
+from proteinbert_fast.outputs import Head, Heads, PaddedOutput, ProteinBertOutput
 from proteinbert_fast.packing import PackedBatch
 
 if TYPE_CHECKING:
@@ -75,45 +83,53 @@ class Block(nn.Module):
             *_weight_and_bias(self.local_norm2),
         )
 
-    def global_weights(self) -> GlobalBlockWeights:
-        """The global track's parameters, as the operations take them."""
-        return GlobalBlockWeights(
+    def global_weights(self) -> GlobalTrackWeights:
+        """The parameters of global attention and the global track, as the operations take them."""
+        block = GlobalBlockWeights(
             *_weight_and_bias(self.global_dense1),
             *_weight_and_bias(self.global_norm1),
             *_weight_and_bias(self.global_dense2),
             *_weight_and_bias(self.global_norm2),
         )
+        return GlobalTrackWeights(self.key.weight, self.value.weight, block)
+
+    def message_weights(self) -> MessageWeights:
+        """The parameters of what this block hears of the global states, as the operations take them."""
+        return MessageWeights(self.query.weight, *_weight_and_bias(self.broadcast))
 
     def forward(
         self,
-        local: Tensor,
+        local: Tensor | Embedded,
         global_state: Tensor,
+        message: Message,
         batch: PackedBatch,
         operations: Operations,
+        following: MessageWeights | None,
         keep_hidden: bool,
         return_attention: bool,
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor, GlobalTrack]:
         """Local (R, D) and global (B, G) states to the next ones.
 
+        Args:
+            local: (R, D), or the tokens that have these states.
+            global_state: (B, G).
+            message: what this block hears of the global states.
+            batch: the packed layout.
+            operations: the back end.
+            following: the next block's ``message_weights``; None after the last block.
+            keep_hidden: also return the local states after the first norm.
+            return_attention: also return attention weights.
+
         Returns:
-            hidden local (R, D) or None, local (R, D), hidden global (B, G), global (B, G), attention (R, H) or None.
+            hidden local (R, D) or None, local (R, D), and what the global track computed.
         """
-        broadcast = operations.broadcast_global(global_state, *_weight_and_bias(self.broadcast))
-        hidden_local, local = operations.local_block(
-            local, broadcast, batch, self.local_weights(), self.wide_dilation, keep_hidden
+        hidden, local = operations.local_block(
+            local, message.broadcast, batch, self.local_weights(), self.wide_dilation, keep_hidden
         )
-        attended = operations.global_attention(
-            local,
-            global_state,
-            batch,
-            self.query.weight,
-            self.key.weight,
-            self.value.weight,
-            self.n_heads,
-            return_attention,
+        track = operations.global_track(
+            local, global_state, message, batch, self.global_weights(), following, self.n_heads, return_attention
         )
-        hidden_global, global_state = operations.global_block(global_state, attended.pooled, self.global_weights())
-        return hidden_local, local, hidden_global, global_state, attended.weights
+        return hidden, local, track
 
 
 class ProteinBert(nn.Module):
@@ -221,10 +237,17 @@ class ProteinBert(nn.Module):
         return f"{choice.operations.name} ({choice.reason})"
 
     def _choose(self) -> Choice:
-        weight = self.token_embedding.weight
-        return backends.choose(self.backend, weight.device, self.config, self._compute_dtype())
+        device, dtype = self.token_embedding.weight.device, self.compute_dtype()
+        choice = backends.choose(self.backend, device, self.config, dtype)
+        if self.backend == "auto" and choice.operations.name == "triton":
+            from proteinbert_fast import self_check
 
-    def _compute_dtype(self) -> torch.dtype:
+            if complaint := self_check.complaint(device, self.config, dtype):
+                return Choice(backends.REFERENCE, f"the Triton kernels fail their self-check: {complaint}")
+        return choice
+
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that a forward pass would compute in now, autocast counted in."""
         weight = self.token_embedding.weight
         if torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64:
             return torch.get_autocast_dtype(weight.device.type)
@@ -277,32 +300,51 @@ class ProteinBert(nn.Module):
         weight = self.token_embedding.weight
         if batch.device != weight.device:
             raise InputError(f"the batch is on {batch.device}, the model on {weight.device}: use batch.to(device)")
-        _check_annotations(annotations, len(batch), self.config.n_annotations)
+        n_proteins = batch.lengths.shape[0]  # len(batch) would be a constant to torch.export
+        _check_annotations(annotations, n_proteins, self.config.n_annotations)
         operations = self._choose().operations
 
-        local = reference.embed_tokens(batch.tokens, weight).to(self._compute_dtype())
-        global_state = self.annotation_input(annotations, len(batch), operations)
+        embedded = Embedded(batch.tokens, weight.to(self.compute_dtype()))
+        global_state = self.annotation_input(annotations, n_proteins, operations)
         local_layers, global_layers, attention_layers = [], [global_state], []
-        for block in self.blocks:
-            hidden_local, local, hidden_global, global_state, attention = block(
-                local, global_state, batch, operations, hidden_states, attentions
-            )
+        blocks = cast(list[Block], list(self.blocks))
+        # Each block's global track also makes what the next block hears of it: one kernel then does all that.
+        heard = [block.message_weights() for block in blocks]
+        message, local, mean = operations.message(global_state, heard[0]), None, None
+        for block, following in zip(blocks, [*heard[1:], None], strict=True):
+            hidden_local, local, track = block(
+                embedded if local is None else local,
+                global_state, message, batch, operations, following, hidden_states, attentions,
+            )  # fmt: skip
+            global_state, message, mean = track.global_state, track.message, track.residue_mean
             if hidden_states:
                 local_layers += [hidden_local, local]
-                global_layers += [hidden_global, global_state]
+                global_layers += [track.hidden, global_state]
             if attentions:
-                attention_layers.append(attention)
+                attention_layers.append(track.attention)
         return ProteinBertOutput(
             batch=batch,
-            local_rows=local,
+            local_rows=cast(Tensor, local),
             global_state=global_state,
             hidden_local=tuple(local_layers) if hidden_states else None,
             hidden_global=tuple(global_layers) if hidden_states else None,
             attentions=tuple(attention_layers) if attentions else None,
-            token_head=self._later(operations.dense_by_row, self.token_head),
-            annotation_head=self._later(operations.dense_by_protein, self.annotation_head),
-            sigmoid=operations.sigmoid,
+            local_mean=mean,
+            heads=Heads(
+                self._head(self.token_head, operations.token_logits, operations.token_probabilities),
+                self._head(self.annotation_head, operations.go_logits, operations.go_probabilities),
+                operations.sigmoid,
+                operations.residue_mean,
+            ),
         )
+
+    def _head(
+        self,
+        layer: nn.Linear,
+        logits: Callable[[nn.Linear, Tensor], Tensor],
+        probabilities: Callable[[nn.Linear, Tensor], Tensor] | None,
+    ) -> Head:
+        return Head(self._later(logits, layer), probabilities and self._later(probabilities, layer))
 
     def _later(self, apply: Callable[[nn.Linear, Tensor], Tensor], head: nn.Linear) -> Callable[[Tensor], Tensor]:
         """A head to be run when its result is first read, with gradients and autocast as they are now."""

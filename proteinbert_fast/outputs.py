@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from proteinbert_fast.errors import InputError
-from proteinbert_fast.ops import reference
 from proteinbert_fast.packing import PackedBatch
 
 
@@ -37,6 +36,34 @@ class ByProtein(Sequence[Tensor]):
         return iter(self.batch.unpack(self.rows))
 
 
+class Head(NamedTuple):
+    """An output head, run when its result is first read.
+
+    Attributes:
+        logits: of states.
+        probabilities: of states, in one step; None where they are made of the logits.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    probabilities: Callable[[Tensor], Tensor] | None
+
+
+class Heads(NamedTuple):
+    """What an output computes when it is read.
+
+    Attributes:
+        token: the token head, of (R, d_local).
+        annotation: the GO head, of (B, d_global).
+        sigmoid: of GO logits.
+        residue_mean: means of (R, C) rows over each protein's residues.
+    """
+
+    token: Head
+    annotation: Head
+    sigmoid: Callable[[Tensor], Tensor]
+    residue_mean: Callable[[Tensor, PackedBatch], Tensor]
+
+
 class ProteinBertOutput:
     """The model's answer to a PackedBatch of B proteins in R rows.
 
@@ -47,6 +74,7 @@ class ProteinBertOutput:
         hidden_local: 2 * n_blocks tensors (R, d_local), after each norm of each block; None unless asked for.
         hidden_global: 1 + 2 * n_blocks tensors (B, d_global), the first before block 1; None unless asked for.
         attentions: n_blocks tensors (R, n_heads) that sum to 1 over each protein; None unless asked for.
+        heads: what computes the rest.
     """
 
     def __init__(
@@ -58,9 +86,8 @@ class ProteinBertOutput:
         hidden_local: tuple[Tensor, ...] | None,
         hidden_global: tuple[Tensor, ...] | None,
         attentions: tuple[Tensor, ...] | None,
-        token_head: Callable[[Tensor], Tensor],
-        annotation_head: Callable[[Tensor], Tensor],
-        sigmoid: Callable[[Tensor], Tensor],
+        local_mean: Tensor | None,
+        heads: Heads,
     ) -> None:
         self.batch = batch
         self.local_rows = local_rows
@@ -68,9 +95,8 @@ class ProteinBertOutput:
         self.hidden_local = hidden_local
         self.hidden_global = hidden_global
         self.attentions = attentions
-        self._token_head = token_head
-        self._annotation_head = annotation_head
-        self._sigmoid = sigmoid
+        self._local_mean = local_mean
+        self.heads = heads
 
     @property
     def local(self) -> ByProtein:
@@ -87,28 +113,33 @@ class ProteinBertOutput:
         Args:
             rows: (R, C) packed rows such as one of ``hidden_local``; the local states when None.
         """
-        rows = self.local_rows if rows is None else rows
-        return reference.residue_mean(rows, self.batch.segments, self.batch.starts, self.batch.lengths)
+        if rows is None and self._local_mean is not None:
+            return self._local_mean
+        return self.heads.residue_mean(self.local_rows if rows is None else rows, self.batch)
 
     @cached_property
     def token_logits(self) -> Tensor:
         """(R, 26); rows in gaps mean nothing."""
-        return self._token_head(self.local_rows)
+        return self.heads.token.logits(self.local_rows)
 
     @cached_property
     def token_probabilities(self) -> Tensor:
         """(R, 26), at least float32; rows in gaps mean nothing."""
+        if self.heads.token.probabilities is not None:
+            return self.heads.token.probabilities(self.local_rows)
         return self.token_logits.softmax(-1, dtype=_at_least_float32(self.token_logits))
 
     @cached_property
     def go_logits(self) -> Tensor:
         """(B, n_annotations)."""
-        return self._annotation_head(self.global_state)
+        return self.heads.annotation.logits(self.global_state)
 
     @cached_property
     def go_probabilities(self) -> Tensor:
         """(B, n_annotations), at least float32."""
-        return self._sigmoid(self.go_logits.to(_at_least_float32(self.go_logits)))
+        if self.heads.annotation.probabilities is not None:
+            return self.heads.annotation.probabilities(self.global_state)
+        return self.heads.sigmoid(self.go_logits.to(_at_least_float32(self.go_logits)))
 
     def original_local(self, index: int) -> Tensor:
         """The original's concatenation of all local layers of one protein: (length, 2 * n_blocks * d_local + 26).

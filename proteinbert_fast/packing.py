@@ -27,6 +27,24 @@ __all__ = ["PackedBatch", "batches_by_tokens"]
 Int64Array = npt.NDArray[np.int64]
 
 
+def cut_into_spans(lengths: torch.Tensor, size: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Proteins cut into spans of ``size`` rows, each protein from its own first row.
+
+    Args:
+        lengths: int64 (B,).
+        size: rows of a span.
+        most: S, a number of spans that is known to suffice.
+
+    Returns:
+        int32 (S,): the protein of each span; B in those beyond the last.
+        int64 (B + 1,): the first span of each protein, and how many there are.
+    """
+    first = torch.zeros(lengths.shape[0] + 1, dtype=torch.int64, device=lengths.device)
+    torch.cumsum((lengths + size - 1) // size, 0, out=first[1:])
+    spans = torch.arange(most, device=lengths.device)
+    return torch.searchsorted(first[1:], spans, right=True, out_int32=True), first
+
+
 class PackedBatch:
     """A batch of proteins as one array of token rows. Treat it as immutable.
 
@@ -95,8 +113,10 @@ class PackedBatch:
         wrong = (tokens > GAP) | ((tokens == GAP) != in_gap)
         if wrong.any():
             row = int(wrong.to(torch.uint8).argmax())
-            expected = f"GAP ({GAP})" if in_gap[row] else f"a token 0..{PAD}"
-            raise InputError(f"packed batch: row {row} must hold {expected}, got {int(tokens[row])}")
+            protein = int(self.segments[row])
+            expected = f"GAP ({GAP})" if protein < 0 else f"a token 0..{PAD}"
+            where = f"row {row}" if protein < 0 else f"row {row}, {self._name(protein)},"
+            raise InputError(f"packed batch: {where} must hold {expected}, got {int(tokens[row])}")
 
     def _set(
         self,
@@ -134,6 +154,31 @@ class PackedBatch:
         batch._set(tokens, _starts(lengths, gap) if starts is None else starts, lengths, gap, ids)
         return batch
 
+    @classmethod
+    def on_device(
+        cls, tokens: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, gap: int, longest: int
+    ) -> "PackedBatch":
+        """A batch whose layout lies on the device alone, as CUDA graphs and exported programs need it.
+
+        Nothing is checked, and what needs the layout on the host (unpacking, choosing proteins) is not to be had.
+
+        Args:
+            tokens: uint8 (rows,), GAP in gap rows.
+            starts: int64 (batch,), rising; those of empty places lie behind all rows.
+            lengths: int64 (batch,); 0 in empty places.
+            gap: gap rows before, between and after the proteins, at least.
+            longest: tokens of the longest protein, or more.
+        """
+        batch = cls.__new__(cls)
+        batch.tokens, batch.starts, batch.lengths = tokens, starts, lengths
+        batch.gap, batch.ids, batch._longest = gap, None, longest
+        rows = torch.arange(tokens.shape[0], device=tokens.device)
+        protein = (torch.searchsorted(starts, rows, right=True) - 1).clamp(min=0)
+        inside = (rows >= starts[protein]) & (rows < starts[protein] + lengths[protein])
+        batch._segments = protein.where(inside, -1).int()
+        batch._spans, batch._n_residues = {}, None
+        return batch
+
     def __reduce__(self) -> tuple[Any, ...]:
         tokens = self.tokens
         if tokens.untyped_storage().nbytes() != tokens.numel():
@@ -154,6 +199,11 @@ class PackedBatch:
     def n_rows(self) -> int:
         """Rows of the packed array, gaps included."""
         return self.tokens.shape[0]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest protein; 0 in an empty batch."""
+        return self._longest
 
     @property
     def n_tokens(self) -> int:
@@ -195,11 +245,7 @@ class PackedBatch:
         """
         if size not in self._spans:
             with torch.inference_mode(False):
-                first = torch.zeros(len(self) + 1, dtype=torch.int64, device=self.device)
-                torch.cumsum((self.lengths + size - 1) // size, 0, out=first[1:])
-                spans = torch.arange(self.n_tokens // size + len(self), device=self.device)
-                protein = torch.searchsorted(first[1:], spans, right=True, out_int32=True)
-                self._spans[size] = protein, first
+                self._spans[size] = cut_into_spans(self.lengths, size, self.n_rows // size + self.lengths.shape[0])
         return self._spans[size]
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "PackedBatch":

@@ -191,6 +191,38 @@ def local_block(config: ProteinBertConfig, size: Size, tile_rows: int, keep_hidd
     )
 
 
+def first_block(config: ProteinBertConfig, size: Size, tile_rows: int, symbols: int = 32) -> Cost:
+    """The first local block, from tokens: each tap is a product of 0s and 1s with what every token's states become.
+
+    ``flops`` counts what is multiplied, which is less than for other blocks; the model's FLOPs count it like them.
+    """
+    d, s, taps = config.d_local, size.itemsize, 2 * config.kernel_size
+    row = d * s
+    weights = (taps * symbols + d) * d * s
+    numbers = size.rows * d
+    return Cost(
+        flops=2.0 * size.tokens * (taps * symbols * d + d * d),
+        hbm_bytes=size.rows * (row + 5) + size.proteins * row + weights,
+        # A token per tap, the broadcast, the stores; and the weights for each tile.
+        l2_bytes=size.rows * (taps + 1 + 2 * row) + size.rows / tile_rows * weights,
+        instructions=numbers * (3 * GELU + 2 * LAYER_NORM + 3 * MOVE) + size.rows * taps * symbols,
+        special=numbers * 3 * GELU_SPECIAL,
+    )
+
+
+def message(config: ProteinBertConfig, size: Size) -> Cost:
+    """What a block hears of the global states: its query and its broadcast."""
+    keys = config.n_heads * config.d_key
+    query = linear(size.proteins, config.d_global, keys, size.itemsize, "tanh")
+    return query + linear(size.proteins, config.d_global, config.d_local, size.itemsize, "gelu")
+
+
+def residue_mean(config: ProteinBertConfig, size: Size) -> Cost:
+    """Rows read once and added up."""
+    moved = float(size.tokens * config.d_local * size.itemsize + 2 * size.spans * config.d_local * 4)
+    return Cost(hbm_bytes=moved, l2_bytes=moved, instructions=size.tokens * config.d_local * MOVE)
+
+
 def span_sums(config: ProteinBertConfig, size: Size) -> Cost:
     """Keys, values, logits and weighted sums of every span; a program per span and head reads the span's rows."""
     d, s, heads = config.d_local, size.itemsize, config.n_heads
@@ -274,14 +306,13 @@ def annotation_head(config: ProteinBertConfig, size: Size) -> Cost:
 
 
 def block(config: ProteinBertConfig, size: Size, tile_rows: int) -> Cost:
-    """All of one block: broadcast, local block, query, attention, global track."""
+    """All of one block: local block, attention, global track, message to the next."""
     return (
-        linear(size.proteins, config.d_global, config.d_local, size.itemsize, "gelu")
-        + local_block(config, size, tile_rows)
-        + linear(size.proteins, config.d_global, config.n_heads * config.d_key, size.itemsize, "tanh")
+        local_block(config, size, tile_rows)
         + span_sums(config, size)
         + add_spans(config, size)
         + global_track(config, size)
+        + message(config, size)
     )
 
 

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -37,8 +38,10 @@ from proteinbert_fast.ops.backends import check_backend
 
 # Operations that a kernel's configuration decides, the plain one first.
 KERNELS = {
-    "local_block": ("local_block", "local_block, hidden kept"),
-    "global_attention": ("global_attention", "global_attention, with weights"),
+    # The first block is run by this kernel everywhere; on Hopper it is the only one.
+    "local_block": ("local_block, first", "local_block", "local_block, hidden kept"),
+    "local_block_hopper": ("local_block", "local_block, hidden kept"),
+    "global_attention": ("global_track", "global_track, last", "global_track, with weights"),
 }
 # A gain smaller than timings vary is none.
 LEAST_GAIN = 0.02
@@ -72,11 +75,16 @@ class Tried(NamedTuple):
 
 def candidates(job: Job, capability: int) -> list[tuple[Any, ...]]:
     """Configurations worth a try on a GPU; those that cannot fit are left out."""
-    module = _module(job.kernel)
-    itemsize = getattr(torch, job.dtype).itemsize
-    matrix_units = job.dtype != "float32" and capability >= 80
+    dtype = PRECISIONS[job.dtype].dtype
+    itemsize = dtype.itemsize
+    matrix_units = itemsize == 2 and capability >= 80
     found: list[tuple[Any, ...]] = []
-    if job.kernel == "local_block" and matrix_units:
+    if job.kernel == "local_block_hopper":
+        if _module("local_block").portable_because(capability, job.channels, dtype) is None:
+            tiles = ((64, 4), (128, 4), (128, 8), (256, 8))
+            found = [(rows, 64, warps, stages, registers) for rows, warps in tiles for stages in (2, 3, 4, 6)
+                     for registers in (128, 168, None) if rows * job.channels <= 128 * 32 * warps]  # fmt: skip
+    elif job.kernel == "local_block" and matrix_units:
         room = _SHARED_MEMORY[max((c for c in _SHARED_MEMORY if c <= capability), default=80)]
         for rows, warps in ((64, 4), (64, 8), (128, 8), (128, 16), (256, 16)):
             for chunk in sorted({min(size, job.channels) for size in (32, 64, 128)}):
@@ -87,20 +95,25 @@ def candidates(job: Job, capability: int) -> list[tuple[Any, ...]]:
                         bytes_ = stages * (rows + job.channels) * chunk * itemsize
                         if rows * job.channels <= 64 * 32 * warps and bytes_ <= room * 1024 and not unusual:
                             found.append((rows, chunk, warps, stages, descriptors, False))
+    elif job.kernel == "local_block" and job.dtype == "tf32":
+        found = [(rows, chunk, warps, 2, False, True) for rows in (32, 64, 128) for chunk in (16, 32)
+                 for warps in (4, 8)]  # fmt: skip
     elif job.kernel == "local_block":
         found = [(rows, chunk, warps, stages, False, True) for rows in (16, 32) for chunk in (16, 32) if
                  chunk <= job.channels for warps in (4, 8) for stages in (1, 2)]  # fmt: skip
+    elif job.dtype == "tf32":
+        found = [(rows, warps, stages, 32) for rows in (32, 64, 128) for warps in (4, 8) for stages in (1, 2)]
     elif matrix_units:
         found = [(rows, warps, stages, 0) for rows in (32, 64, 128) for warps in (4, 8) for stages in (1, 2, 3, 4)]
     else:
         found = [(rows, warps, 1, chunk) for rows in (16, 32) for warps in (4, 8) for chunk in (16, 32)]
-    return [tuple(module.Configuration(*fields)) for fields in found]
+    return found
 
 
 def _module(kernel: str) -> Any:
     from proteinbert_fast.ops import kernels
 
-    return sys.modules[f"{kernels.__name__}.{kernel}"]
+    return import_module(f"{kernels.__name__}.{kernel}")
 
 
 def _operations(kernel: str) -> list[Operation]:
@@ -161,11 +174,14 @@ class Search:
 
     def _shipped(self) -> tuple[Any, ...]:
         from proteinbert_fast.ops.kernels import tuning
+        from proteinbert_fast.ops.kernels.launching import capability_of, product_precision
 
-        module, inputs = _module(self.job.kernel), self._made(False)
-        with tuning.using(None):
-            capability = module.capability_of(inputs.rows)
-            return tuple(module.configuration(capability, self.job.channels, inputs.rows.dtype))
+        module, rows = _module(self.job.kernel), self._made(False).rows
+        with tuning.using(None), PRECISIONS[self.job.dtype].active():
+            if self.job.kernel == "local_block_hopper":
+                return tuple(module.configuration(self.job.channels, rows.dtype))
+            precision = product_precision(rows.dtype)
+            return tuple(module.configuration(capability_of(rows), self.job.channels, rows.dtype, precision))
 
     def _try(self, chosen: tuple[Any, ...], right: list[Tensors], shipped_spills: int) -> Tried:
         before = self.spills()
@@ -197,10 +213,6 @@ class Search:
                 found.append(plain.run(self._made(False)))
             if thorough:
                 found += [operation.run(self._made(many)) for operation in variants for many in (True, False)]
-                if self.job.dtype == "float32":
-                    # The same entry serves products in TF32.
-                    with PRECISIONS["tf32"].active():
-                        found += [operation.run(self._made(False)) for operation in (plain, *variants)]
         return found
 
     @staticmethod
@@ -242,7 +254,7 @@ def tune(dtypes: Sequence[str], channels: Sequence[int], say: Callable[[str], No
     """Tunes all kernels and writes the table.
 
     Args:
-        dtypes: of the states, "bfloat16", "float16" or "float32".
+        dtypes: of the states, "bfloat16", "float16", "tf32" or "float32".
         channels: widths of the local states.
         say: is told what goes on, a line each.
 
@@ -264,9 +276,11 @@ def tune(dtypes: Sequence[str], channels: Sequence[int], say: Callable[[str], No
     machine = tuning.machine_of(torch.cuda.current_device())
     found: dict[str, tuple[Any, ...]] = {}
     for job in [Job(kernel, dtype, width) for kernel in KERNELS for dtype in dtypes for width in channels]:
+        if not candidates(job, machine.capability):
+            continue
         say(f"{job}: {len(candidates(job, machine.capability))} candidates, a few seconds each")
         best = _in_processes(job, candidates(job, machine.capability), say)
-        key = tuning.key_of(job.kernel, getattr(torch, job.dtype), job.channels)
+        key = f"{job.kernel}/{job.dtype}/{job.channels}"
         if best is not None:
             found[key] = best.chosen
     return write(machine, found)
@@ -299,7 +313,9 @@ def write(machine: Any, found: dict[str, tuple[Any, ...]]) -> Path:
 
 
 def _fields(key: str) -> tuple[str, ...]:
-    fields: tuple[str, ...] = _module(key.partition("/")[0]).Configuration._fields
+    module = _module(key.partition("/")[0])
+    kind = getattr(module, "Configuration", None) or module.HopperConfiguration
+    fields: tuple[str, ...] = kind._fields
     return fields
 
 

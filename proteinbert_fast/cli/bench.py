@@ -8,7 +8,7 @@ from pathlib import Path
 from proteinbert_fast.benchmark.registry import GROUPS
 from proteinbert_fast.benchmark.settings import DTYPES, Settings
 
-TUNED_DTYPES = ("bfloat16", "float16", "float32")
+TUNED_DTYPES = ("bfloat16", "float16", "tf32", "float32")
 
 EPILOG = """\
 Every result is checked before it is timed; a wrong one is shown as WRONG, without a time, and the exit code is 1.

@@ -107,6 +107,22 @@ def _backends() -> Iterator[tuple[str, str]]:
         from proteinbert_fast.ops.kernels import tuning
 
         yield "kernel tuning", tuning.report()
+    yield from _local_block_kernels()
+
+
+def _local_block_kernels() -> Iterator[tuple[str, str]]:
+    """Which of the Triton back end's kernels runs a local block of the default sizes, on each kind of GPU."""
+    import torch
+
+    if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
+        return
+    from proteinbert_fast.config import ProteinBertConfig
+    from proteinbert_fast.ops.kernels.local_block import implementation
+
+    channels = ProteinBertConfig().d_local
+    for major, minor in sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}):
+        kernel = implementation(10 * major + minor, channels, torch.bfloat16)
+        yield "triton local block", f"bfloat16 on compute capability {major}.{minor}: {kernel}"
 
 
 def _weights() -> Iterator[tuple[str, str]]:

@@ -1,10 +1,11 @@
 """Which implementation of the operations runs, chosen by rule and never silently."""
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,21 @@ from torch import Tensor, nn
 from proteinbert_fast.config import ProteinBertConfig
 from proteinbert_fast.errors import BackendError, InputError
 from proteinbert_fast.ops import cpu, reference
-from proteinbert_fast.ops.reference import Attended, GlobalBlockWeights, GlobalStates, LocalBlockWeights
+from proteinbert_fast.ops.reference import (
+    Attended,
+    Embedded,
+    GlobalBlockWeights,
+    GlobalStates,
+    GlobalTrack,
+    GlobalTrackWeights,
+    LocalBlockWeights,
+    Message,
+    MessageWeights,
+)
 from proteinbert_fast.packing import PackedBatch
 
 Backend = Literal["auto", "triton", "cpu", "reference"]
+Save = Literal["preactivations", "inputs"]
 
 
 @dataclass(frozen=True)
@@ -24,43 +36,88 @@ class Operations:
 
     Attributes:
         name: the back end.
-        local_block: as ``cpu.local_block``.
-        global_attention: as ``cpu.global_attention``.
-        global_block: as ``reference.global_block``.
-        broadcast_global: as ``reference.broadcast_global``.
+        local_block: as ``kernels.local_block``.
+        message: as ``reference.message``; to the first block.
+        global_track: as ``kernels.global_track``.
+        residue_mean: means of (R, C) rows over each protein's residues.
         sum_annotations: as ``reference.sum_annotations``.
         by_protein: calls a function on (B, ...) tensors, row by row independent.
-        dense_by_protein: a linear layer on (B, K).
-        dense_by_row: a linear layer on (R, K).
+        token_logits: the token head on (R, D).
+        go_logits: the GO head on (B, G).
         sigmoid: of (B, N).
+        token_probabilities: the token head and a softmax in one, float32; None where it is two steps.
+        go_probabilities: the GO head and a sigmoid in one, float32; None where it is two steps.
     """
 
     name: str
     local_block: Callable[..., tuple[Tensor | None, Tensor]]
-    global_attention: Callable[..., Attended]
-    global_block: Callable[[Tensor, Tensor, GlobalBlockWeights], GlobalStates]
-    broadcast_global: Callable[[Tensor, Tensor, Tensor], Tensor]
+    message: Callable[[Tensor, MessageWeights], Message]
+    global_track: Callable[..., GlobalTrack]
+    residue_mean: Callable[[Tensor, PackedBatch], Tensor]
     sum_annotations: Callable[[Tensor | tuple[Tensor, Tensor], Tensor], Tensor]
     by_protein: Callable[..., Tensor]
-    dense_by_protein: Callable[[nn.Linear, Tensor], Tensor]
-    dense_by_row: Callable[[nn.Linear, Tensor], Tensor]
+    token_logits: Callable[[nn.Linear, Tensor], Tensor]
+    go_logits: Callable[[nn.Linear, Tensor], Tensor]
     sigmoid: Callable[[Tensor], Tensor]
+    token_probabilities: Callable[[nn.Linear, Tensor], Tensor] | None = None
+    go_probabilities: Callable[[nn.Linear, Tensor], Tensor] | None = None
 
 
-def _local_block(
-    x: Tensor,
+def _reference_local_block(
+    x: Tensor | Embedded,
     broadcast: Tensor,
     batch: PackedBatch,
     weights: LocalBlockWeights,
     wide_dilation: int,
     keep_hidden: bool = False,
+    save: Save = "preactivations",
 ) -> tuple[Tensor | None, Tensor]:
-    hidden, local = reference.local_block(x, broadcast, batch.segments, weights, wide_dilation)
+    rows = reference.embed_tokens(*x) if isinstance(x, Embedded) else x
+    hidden, local = reference.local_block(rows, broadcast, batch.segments, weights, wide_dilation)
     return (hidden if keep_hidden else None), local
 
 
-def _global_attention(local: Tensor, global_state: Tensor, batch: PackedBatch, *rest: Tensor | int | bool) -> Attended:
-    return reference.global_attention(local, global_state, batch.segments, *rest)  # type: ignore[arg-type]
+def _cpu_local_block(
+    x: Tensor | Embedded,
+    broadcast: Tensor,
+    batch: PackedBatch,
+    weights: LocalBlockWeights,
+    wide_dilation: int,
+    keep_hidden: bool = False,
+    save: Save = "preactivations",
+) -> tuple[Tensor | None, Tensor]:
+    """Saves inputs, whatever ``save`` is."""
+    rows = reference.embed_tokens(*x) if isinstance(x, Embedded) else x
+    return cpu.local_block(rows, broadcast, batch, weights, wide_dilation, keep_hidden)
+
+
+def _reference_attention(local: Tensor, query: Tensor, batch: PackedBatch, *rest: Any) -> Attended:
+    return reference.global_attention(local, query, batch.segments, *rest)
+
+
+def _in_steps(
+    attention: Callable[..., Attended],
+    block: Callable[[Tensor, Tensor, GlobalBlockWeights], GlobalStates],
+    speak: Callable[[Tensor, MessageWeights], Message],
+    local: Tensor,
+    global_state: Tensor,
+    message: Message,
+    batch: PackedBatch,
+    weights: GlobalTrackWeights,
+    following: MessageWeights | None,
+    n_heads: int,
+    return_attention: bool = False,
+) -> GlobalTrack:
+    """A global track of an attention, a block and a message that are functions of their own."""
+    pooled, attention_weights = attention(
+        local, message.query, batch, weights.key_weight, weights.value_weight, n_heads, return_attention
+    )
+    hidden, state = block(global_state, pooled, weights.block)
+    return GlobalTrack(hidden, state, following and speak(state, following), attention_weights, None)
+
+
+def _residue_mean(rows: Tensor, batch: PackedBatch) -> Tensor:
+    return reference.residue_mean(rows, batch.segments, batch.starts, batch.lengths)
 
 
 def _whole(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
@@ -69,26 +126,26 @@ def _whole(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
 
 REFERENCE = Operations(
     "reference",
-    _local_block,
-    _global_attention,
-    reference.global_block,
-    reference.broadcast_global,
-    reference.sum_annotations,
+    local_block=_reference_local_block,
+    message=reference.message,
+    global_track=partial(_in_steps, _reference_attention, reference.global_block, reference.message),
+    residue_mean=_residue_mean,
+    sum_annotations=reference.sum_annotations,
     by_protein=_whole,
-    dense_by_protein=_whole,
-    dense_by_row=_whole,
+    token_logits=_whole,
+    go_logits=_whole,
     sigmoid=torch.sigmoid,
 )
 CPU = Operations(
     "cpu",
-    cpu.local_block,
-    cpu.global_attention,
-    cpu.global_block,
-    cpu.broadcast_global,
-    cpu.sum_annotations,
+    local_block=_cpu_local_block,
+    message=cpu.message,
+    global_track=partial(_in_steps, cpu.global_attention, cpu.global_block, cpu.message),
+    residue_mean=_residue_mean,
+    sum_annotations=cpu.sum_annotations,
     by_protein=cpu.in_groups,
-    dense_by_protein=cpu.in_groups,
-    dense_by_row=partial(cpu.in_groups, size=cpu.ROW_GROUP),
+    token_logits=partial(cpu.in_groups, size=cpu.ROW_GROUP),
+    go_logits=cpu.in_groups,
     # PyTorch computes the last few numbers of an array by another formula: one protein to an array.
     sigmoid=partial(cpu.in_groups, torch.sigmoid, size=1),
 )
@@ -105,15 +162,17 @@ def _triton() -> Operations:
         _imported.append(
             Operations(
                 "triton",
-                kernels.local_block,
-                kernels.global_attention,
-                kernels.global_block,
-                kernels.broadcast_global,
-                kernels.sum_annotations,
+                local_block=kernels.local_block,
+                message=kernels.message,
+                global_track=kernels.global_track,
+                residue_mean=kernels.residue_mean,
+                sum_annotations=kernels.sum_annotations,
                 by_protein=_whole,
-                dense_by_protein=kernels.dense,
-                dense_by_row=kernels.dense,
+                token_logits=partial(kernels.head, by_row=True),
+                go_logits=kernels.head,
                 sigmoid=torch.sigmoid,
+                token_probabilities=partial(kernels.head, activation="softmax", out_dtype=torch.float32, by_row=True),
+                go_probabilities=partial(kernels.head, activation="sigmoid", out_dtype=torch.float32),
             )
         )
     return _imported[0]
@@ -128,6 +187,8 @@ class Choice(NamedTuple):
 
 def _no_triton(device: torch.device, config: ProteinBertConfig, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run this, or None when they can."""
+    if not torch.compiler.is_compiling() and importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'proteinbert-fast[kernels]'"
     from proteinbert_fast.ops import kernels
 
     return kernels.unsupported(device, config, dtype)
@@ -166,6 +227,11 @@ def choose(backend: str, device: torch.device, config: ProteinBertConfig, dtype:
         if obstacle := _no_triton(device, config, dtype):
             raise BackendError(f"backend 'triton' cannot run this: {obstacle}; use 'auto' or 'reference'")
         return Choice(_triton(), "asked for")
+    if backend == "auto" and _is_gpu(device):
+        if obstacle := _no_triton(device, config, dtype):
+            _say_once(f"on {device} the plain operations run, slower than the Triton kernels: {obstacle}")
+            return Choice(REFERENCE, obstacle)
+        return Choice(_triton(), "the device is a CUDA GPU, and sizes and dtype fit")
     obstacle = f"the device is {device.type}" if device.type != "cpu" else cpu.unsupported(config, dtype)
     if backend == "cpu" and obstacle:
         raise BackendError(f"backend 'cpu' cannot run this: {obstacle}; use 'auto' or 'reference'")
@@ -176,3 +242,16 @@ def choose(backend: str, device: torch.device, config: ProteinBertConfig, dtype:
     if obstacle:
         return Choice(REFERENCE, obstacle)
     return Choice(CPU, "the device is cpu, and sizes and dtype fit")
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+_said: set[str] = set()
+
+
+def _say_once(line: str) -> None:
+    if not torch.compiler.is_compiling() and line not in _said:
+        _said.add(line)
+        warnings.warn(f"proteinbert-fast: {line}", RuntimeWarning, stacklevel=4)

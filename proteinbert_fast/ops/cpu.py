@@ -19,7 +19,15 @@ from proteinbert_fast import _cpu_kernels
 from proteinbert_fast.config import ProteinBertConfig
 from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.recompute import recomputed
-from proteinbert_fast.ops.reference import Attended, GlobalBlockWeights, GlobalStates, LocalBlockWeights, LocalStates
+from proteinbert_fast.ops.reference import (
+    Attended,
+    GlobalBlockWeights,
+    GlobalStates,
+    LocalBlockWeights,
+    LocalStates,
+    Message,
+    MessageWeights,
+)
 from proteinbert_fast.packing import PackedBatch
 
 PROTEIN_GROUP = 16
@@ -122,9 +130,8 @@ def _local_block(
 
 def global_attention(
     local: Tensor,
-    global_state: Tensor,
+    query: Tensor,
     batch: PackedBatch,
-    query_weight: Tensor,
     key_weight: Tensor,
     value_weight: Tensor,
     n_heads: int,
@@ -136,9 +143,8 @@ def global_attention(
 
     Args:
         local: (R, D) float32 or bfloat16, the block's new local states.
-        global_state: (B, G), the global states from before the block.
+        query: (B, H * K), heads concatenated, of the global states from before the block.
         batch: the packed layout.
-        query_weight: (H * K, G), head-major.
         key_weight: (H * K, D), head-major.
         value_weight: (H * V, D), head-major.
         n_heads: H.
@@ -148,14 +154,11 @@ def global_attention(
     fast = partial(_global_attention, batch, n_heads, return_weights)
 
     def plain(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        local, global_state, query_weight, key_weight, value_weight = tensors
-        attended = reference.global_attention(
-            local, global_state, segments, query_weight, key_weight, value_weight, n_heads, return_weights
-        )
+        local, query, key_weight, value_weight = tensors
+        attended = reference.global_attention(local, query, segments, key_weight, value_weight, n_heads, return_weights)
         return attended.pooled, local.new_empty(0) if attended.weights is None else attended.weights
 
-    tensors = (local, global_state, query_weight, key_weight, value_weight)
-    pooled, weights = recomputed(fast, plain, *tensors)
+    pooled, weights = recomputed(fast, plain, local, query, key_weight, value_weight)
     return Attended(pooled, weights if return_weights else None)
 
 
@@ -164,16 +167,14 @@ def _global_attention(
     n_heads: int,
     return_weights: bool,
     local: Tensor,
-    global_state: Tensor,
-    query_weight: Tensor,
+    query: Tensor,
     key_weight: Tensor,
     value_weight: Tensor,
 ) -> tuple[Tensor, Tensor]:
     local = local.contiguous()
     dtype, n_proteins = local.dtype, len(batch)
     d_key, d_value = len(key_weight) // n_heads, len(value_weight) // n_heads
-    query_weight = query_weight.to(dtype)
-    query = in_groups(lambda g: torch.tanh(F.linear(g, query_weight)), global_state.to(dtype)).float().contiguous()
+    query = query.float().contiguous()
     key_weight, value_weight = key_weight.to(dtype).contiguous(), value_weight.to(dtype).contiguous()
     slots = torch.zeros(n_proteins + 1, dtype=torch.int64)
     torch.cumsum(-(-batch.lengths // _cpu_kernels.TILE), 0, out=slots[1:])
@@ -201,9 +202,11 @@ def global_block(global_state: Tensor, pooled: Tensor, weights: GlobalBlockWeigh
     return GlobalStates(*both.chunk(2, dim=-1))
 
 
-def broadcast_global(global_state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``reference.broadcast_global`` in groups."""
-    return in_groups(lambda g: reference.broadcast_global(g, weight, bias), global_state)
+def message(global_state: Tensor, weights: MessageWeights) -> Message:
+    """``reference.message`` in groups."""
+    both = in_groups(lambda g: torch.cat(reference.message(g, weights), dim=-1), global_state)
+    n_queries = len(weights.query_weight)
+    return Message(both[:, :n_queries], both[:, n_queries:])
 
 
 def sum_annotations(annotations: Tensor | tuple[Tensor, Tensor], weight: Tensor) -> Tensor:

@@ -46,6 +46,36 @@ class GlobalBlockWeights(NamedTuple):
     norm2_bias: Tensor  # (G,)
 
 
+class Embedded(NamedTuple):
+    """Local states of tokens, not looked up yet."""
+
+    tokens: Tensor  # (R,) integers; 0..25 are tokens, 26 marks a gap row
+    weight: Tensor  # (26, D)
+
+
+class MessageWeights(NamedTuple):
+    """Parameters of what a block hears of the global states, in torch layouts."""
+
+    query_weight: Tensor  # (H * K, G), head-major
+    broadcast_weight: Tensor  # (D, G)
+    broadcast_bias: Tensor  # (D,)
+
+
+class GlobalTrackWeights(NamedTuple):
+    """Parameters of one block's global attention and global track, in torch layouts."""
+
+    key_weight: Tensor  # (H * K, D), head-major
+    value_weight: Tensor  # (H * V, D), head-major
+    block: GlobalBlockWeights
+
+
+class Message(NamedTuple):
+    """What a block hears of the global states."""
+
+    query: Tensor  # (B, H * K), heads concatenated: what its attention asks for
+    broadcast: Tensor  # (B, D): the word to every position
+
+
 class LocalStates(NamedTuple):
     """What a local block computes."""
 
@@ -65,6 +95,16 @@ class Attended(NamedTuple):
 
     pooled: Tensor  # (B, H * V), heads concatenated
     weights: Tensor | None  # (R, H), summing to 1 over each protein; None unless asked for
+
+
+class GlobalTrack(NamedTuple):
+    """What attention and the global track of one block compute."""
+
+    hidden: Tensor  # (B, G) after the first norm
+    global_state: Tensor  # (B, G) after the second norm: the block's output
+    message: Message | None  # to the next block; None after the last
+    attention: Tensor | None  # (R, H), summing to 1 over each protein; None unless asked for
+    residue_mean: Tensor | None  # (B, D) of the new local states; None where no pass over the rows made it
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -170,33 +210,30 @@ def sum_by_protein(rows: Tensor, segments: Tensor, n_proteins: int) -> Tensor:
 
 def global_attention(
     local: Tensor,
-    global_state: Tensor,
+    query: Tensor,
     segments: Tensor,
-    query_weight: Tensor,
     key_weight: Tensor,
     value_weight: Tensor,
     n_heads: int,
     return_weights: bool = False,
 ) -> Attended:
-    """Each protein's global state attends to its rows.
+    """Each protein's global state attends to its rows; see ``message`` for the query.
 
-        q = tanh(global @ Wq)   k = tanh(local @ Wk)   v = gelu(local @ Wv)
+        k = tanh(local @ Wk)   v = gelu(local @ Wv)
         pooled = sum over rows of softmax(q . k / sqrt(K)) v
 
     tanh bounds every logit by sqrt(K), so the softmax needs no running maximum. Sums are kept in at least float32.
 
     Args:
         local: (R, D), the block's new local states.
-        global_state: (B, G), the global states from before the block.
+        query: (B, H * K), heads concatenated, of the global states from before the block.
         segments: (R,) integers, the protein of each row, -1 in gap rows.
-        query_weight: (H * K, G), head-major.
         key_weight: (H * K, D), head-major.
         value_weight: (H * V, D), head-major.
         n_heads: H.
         return_weights: also return the softmax weights.
     """
-    n_proteins = len(global_state)
-    query = torch.tanh(F.linear(global_state, query_weight))
+    n_proteins = query.shape[0]
     keys = _by_head(torch.tanh(F.linear(local, key_weight)), n_heads)
     values = _by_head(gelu(F.linear(local, value_weight)), n_heads)
     accumulate = torch.promote_types(keys.dtype, torch.float32)
@@ -213,12 +250,20 @@ def global_attention(
 
 
 def _by_head(x: Tensor, n_heads: int) -> Tensor:
-    return x.view(len(x), n_heads, x.shape[1] // n_heads)
+    return x.view(x.shape[0], n_heads, x.shape[1] // n_heads)
 
 
-def broadcast_global(global_state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What a block's local track hears of the global states, ``gelu(global @ W + b)``, (B, D)."""
-    return gelu(F.linear(global_state, weight, bias))
+def message(global_state: Tensor, weights: MessageWeights) -> Message:
+    """What a block hears of the global states from before it.
+
+        query = tanh(global @ Wq)   broadcast = gelu(global @ W + b)
+
+    Args:
+        global_state: (B, G).
+        weights: parameters of the block that hears.
+    """
+    query = torch.tanh(F.linear(global_state, weights.query_weight))
+    return Message(query, gelu(F.linear(global_state, weights.broadcast_weight, weights.broadcast_bias)))
 
 
 def global_block(global_state: Tensor, pooled: Tensor, weights: GlobalBlockWeights) -> GlobalStates:
@@ -248,7 +293,7 @@ def residue_mean(rows: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor
     inside[starts[occupied]] = -1
     inside[(starts + lengths - 1)[occupied]] = -1
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return sum_by_protein(rows, inside, len(starts)) / (lengths - 2).clamp(min=1).unsqueeze(-1)
+    return sum_by_protein(rows, inside, starts.shape[0]) / (lengths - 2).clamp(min=1).unsqueeze(-1)
 
 
 def token_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:

@@ -39,6 +39,11 @@ def test_bytes_of_a_local_block():
     assert kept.hbm_bytes - cost.hbm_bytes == kept.l2_bytes - cost.l2_bytes == 256
 
 
+def test_the_first_block_multiplies_symbols():
+    # 18 taps of 32 symbols and a dense layer of 128 channels, each by 128.
+    assert cost_model.first_block(CONFIG, ONE, 128).flops == 2 * (18 * 32 + 128) * 128
+
+
 def test_larger_tiles_read_weights_less_often():
     size = Size(tokens=4096, rows=4096, proteins=1, spans=8, itemsize=2)
     small, large = (cost_model.local_block(CONFIG, size, rows).l2_bytes for rows in (64, 256))

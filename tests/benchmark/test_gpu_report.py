@@ -136,7 +136,7 @@ def test_what_failed_its_check_is_not_timed(bench: Bench):
         [
             case("the model", lambda: ready(Check(True, "equal"))),
             case("local_block", lambda: ready(Check(True, "equal")), table="each kernel alone"),
-            case("global_block", lambda: ready(Check(True, "equal")), table="each kernel alone"),
+            case("global_track", lambda: ready(Check(True, "equal")), table="each kernel alone"),
             case("theirs", lambda: ready(Check(True, "equal")), ours=False),
         ]
     )

@@ -1,6 +1,7 @@
 """``proteinbert-fast doctor``."""
 
 import pytest
+import torch
 
 from proteinbert_fast import Tokenizer
 from proteinbert_fast.cli import doctor
@@ -26,3 +27,17 @@ def test_failed_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "FAIL  tokenizer: AssertionError: decoding gives another text" in out
     assert "FAIL  model on cpu in float32: AssertionError: differs from the definition by" in out
     assert "2 of 4 checks failed" in out
+
+
+def test_the_local_block_that_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (8, 0), (8, 0))[i])
+    (ampere, ampere_says), (hopper, hopper_says) = doctor._local_block_kernels()
+    assert ampere == hopper == "triton local block"
+    assert ampere_says == ("bfloat16 on compute capability 8.0: portable (the compute capability is 8.0, not 9.0)")
+    assert hopper_says.startswith("bfloat16 on compute capability 9.0: ")
+    assert "hopper (the tile of x stays in shared memory)" in hopper_says or "portable (triton is " in hopper_says
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not list(doctor._local_block_kernels())

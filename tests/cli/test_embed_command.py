@@ -218,6 +218,8 @@ def test_untrained_is_loud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def started(code: str, folder: Path, args: list[str]) -> "subprocess.Popen[str]":
     """A slow run that has completed its first shard."""
+    # Where the tests run in a shell's background, SIGINT is ignored, and children would inherit that.
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"
     process = subprocess.Popen([sys.executable, "-c", code, *args], cwd=folder, stderr=subprocess.PIPE, text=True)
     shard = folder / "out.h5.partial" / "shard-000001.bin"
     deadline = time.monotonic() + 120

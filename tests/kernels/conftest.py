@@ -34,7 +34,7 @@ def quiet_numpy():
 @pytest.fixture(autouse=True)
 def exact_float32():
     """TF32 off, as in PyTorch by default."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.set_float32_matmul_precision(before)

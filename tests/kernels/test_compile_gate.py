@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from .compile_gate import Target, compile_apart, faults, targets
+from .compile_gate import Target, compile_apart, faults, hopper_targets, targets, unordered
 
 pytestmark = pytest.mark.skipif(
     not (Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm").exists() and not shutil.which("nvdisasm"),
@@ -46,5 +46,39 @@ def test_a_crash_of_the_compiler_is_told():
 
 def test_every_kernel_is_in_the_gate():
     assert {t.kernel for t in targets()} == {
-        "local_block", "global_attention", "weights", "add_spans", "global_track", "linear",
-    }  # fmt: skip
+        "local_block", "first_block", "global_attention", "weights", "add_spans", "row_sums", "global_track",
+        "linear", "token_head",
+    } | {t.kernel for t in hopper_targets()}  # fmt: skip
+
+
+@pytest.mark.skipif(not hopper_targets(), reason="this version of Triton cannot compile the kernel")
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"stages": 5}, "1 programs on a multiprocessor, 2 wanted"),
+        ({"registers": 96}, "loads of spilled registers, 8 allowed"),
+        ({"rows": 256, "stages": 7}, "bytes of shared memory, the chip has 232,448"),
+    ],
+)
+def test_the_kernel_for_hopper(changes, says):
+    target = Target("local_block_hopper", 90, "bfloat16", 128, changes)
+    lines = faults(target, compile_apart(target))
+    assert lines == [] if says is None else any(says in line for line in lines)
+
+
+def test_a_missing_barrier_fails():
+    copy, wait = "cp.async.bulk.tensor.2d", "wgmma.wait_group.sync.aligned 1;"
+    products, barrier, fence = "wgmma.mma_async", "bar.sync 0;", "fence.proxy.async"
+    for right, wrong in (
+        (["mbarrier.init", fence, barrier, copy], ["mbarrier.init", barrier, copy]),
+        ([products, wait, barrier, copy], [products, wait, copy]),
+        (["st.shared", fence, barrier, products], ["st.shared", barrier, fence, products]),
+        (["cp.async.cg.shared", "cp.async.wait_group", fence, barrier, products],
+         ["cp.async.cg.shared", fence, barrier, products]),
+        ([products, wait, barrier, "st.shared"], [products, barrier, wait, "st.shared"]),
+    ):  # fmt: skip
+        assert unordered("\n".join(right)) == 0
+        assert unordered("\n".join(wrong)) == 1
+    found = compile_apart(SHIPPED) | {"unordered": 1}
+    assert faults(SHIPPED, found) == ["1 accesses to shared memory that no barrier keeps apart"]

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
-from proteinbert_fast import ProteinBert, ProteinBertConfig, Tokenizer
+from proteinbert_fast import ProteinBert, ProteinBertConfig, Tokenizer, self_check
 from proteinbert_fast.errors import BackendError
+from proteinbert_fast.ops import backends
+from tests import test_export
 from tests.test_golden import UNPADDED, check_forward
+
+from .conftest import IS_INTERPRETED
 
 SMALL = ProteinBertConfig(n_annotations=30, d_local=32, d_global=64, n_blocks=2, n_heads=4, d_key=16)
 SEQUENCES = ["MKTAYIAKQRQISFVKSHFSRQ", "M", "", "ACDEFGHIKLMNPQRSTVWY" * 20]
@@ -82,6 +86,41 @@ def test_compiles_as_one_graph(model, device):
         a, b = model(batch), compiled(batch)
     assert torch.equal(a.local_rows, b.local_rows)
     assert torch.equal(a.global_state, b.global_state)
+
+
+def test_exports_with_dynamic_sizes(model, device, tmp_path):
+    operators = test_export.check(model, device, tmp_path / "program.pt2")
+    assert operators.count("proteinbert_fast.local_block.default") == SMALL.n_blocks
+    assert operators.count("proteinbert_fast.global_track.default") == SMALL.n_blocks
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="needs a GPU: 17 million rows")
+def test_more_than_2_31_elements_in_one_batch(device):
+    if torch.cuda.mem_get_info(device)[0] < 24 << 30:
+        pytest.skip("needs a GPU with 24 GiB of free memory")
+    model = ProteinBert(ProteinBertConfig(n_annotations=3, n_blocks=2), backend="triton").to(device, torch.bfloat16)
+    tail = "MKTAYIAKQRQISFVKSHFSRQ"
+    both, alone = run(model, ["ACDEFGHIKLMNPQRSTVWY" * 850_000, tail]), run(model, [tail])
+    assert both.local_rows.numel() > 2**31
+    assert torch.equal(both.local[1], alone.local[0])
+    assert torch.equal(both.global_state[1], alone.global_state[0])
+    # Periodic residues have periodic states, far from the ends: any wrong offset would show.
+    middle = both.local[0][1001:16_001_001].view(-1, 20, 128)
+    assert (middle == middle[0]).all()
+
+
+def test_auto_chooses_the_kernels_on_a_gpu_after_a_check(model, device, monkeypatch):
+    if IS_INTERPRETED:
+        monkeypatch.setattr(backends, "_is_gpu", lambda _: True)
+        monkeypatch.setattr(self_check, "LENGTHS", (1, 7, 40))
+    monkeypatch.setattr(self_check, "_complaints", {})
+    model.backend = "auto"
+    assert model.backend_report() == "triton (the device is a CUDA GPU, and sizes and dtype fit)"
+    assert list(self_check._complaints.values()) == [None]
+    batch = Tokenizer()(SEQUENCES[:2]).to(device)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(model(batch).local_rows, compiled(batch).local_rows)
 
 
 def test_trains(model, device):

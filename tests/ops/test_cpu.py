@@ -39,7 +39,8 @@ def make(config: ProteinBertConfig, residues, seed: int = 0):
         torch.nn.init.normal_(p, std=1.0 if "norm" in name else 0.3 if p.dim() == 1 else p[0].numel() ** -0.5)
     batch = Tokenizer()(["M" * n for n in residues])
     x = torch.randn(batch.n_rows, config.d_local) * (batch.segments >= 0).unsqueeze(-1)
-    return block, batch, x, torch.randn(len(batch), config.d_local), torch.randn(len(batch), config.d_global)
+    query = torch.tanh(torch.randn(len(batch), config.n_heads * config.d_key))
+    return block, batch, x, torch.randn(len(batch), config.d_local), query
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
@@ -80,20 +81,20 @@ def test_local_block_equals_the_reference(residues, size, dtype):
 @pytest.mark.parametrize("residues", LENGTHS, ids=str)
 def test_global_attention_equals_the_reference(residues, size, dtype):
     config = SIZES[size]
-    block, batch, local, _, global_state = make(config, residues)
-    weights = [w.to(dtype) for w in (block.query.weight, block.key.weight, block.value.weight)]
-    local, global_state = local.to(dtype), global_state.to(dtype)
+    block, batch, local, _, query = make(config, residues)
+    weights = [w.to(dtype) for w in (block.key.weight, block.value.weight)]
+    local, query = local.to(dtype), query.to(dtype)
     with torch.no_grad():
-        ours = cpu.global_attention(local, global_state, batch, *weights, config.n_heads, True)
+        ours = cpu.global_attention(local, query, batch, *weights, config.n_heads, True)
         exact = reference.global_attention(
             local.double(),
-            global_state.double(),
+            query.double(),
             batch.segments,
             *(w.double() for w in weights),
             config.n_heads,
             True,
         )
-        unweighted = cpu.global_attention(local, global_state, batch, *weights, config.n_heads)
+        unweighted = cpu.global_attention(local, query, batch, *weights, config.n_heads)
     close(ours.pooled, exact.pooled, TOLERANCE[dtype])
     close(ours.weights, exact.weights, TOLERANCE[dtype])
     assert unweighted.weights is None
@@ -102,7 +103,7 @@ def test_global_attention_equals_the_reference(residues, size, dtype):
 
 def test_lengths_1_to_300_tokens_densely():
     """Every length in one batch and each protein's place in a tile and a piece a different one."""
-    block, batch, x, broadcast, global_state = make(SIZES["small"], range(298))
+    block, batch, x, broadcast, query = make(SIZES["small"], range(298))
     with torch.no_grad():
         _, local = cpu.local_block(x, broadcast, batch, block.local_weights(), 5)
         exact = reference.local_block(
@@ -112,10 +113,10 @@ def test_lengths_1_to_300_tokens_densely():
             LocalBlockWeights(*(w.double() for w in block.local_weights())),
             5,
         )
-        weights = (block.query.weight, block.key.weight, block.value.weight)
-        pooled = cpu.global_attention(x, global_state, batch, *weights, 4).pooled
+        weights = (block.key.weight, block.value.weight)
+        pooled = cpu.global_attention(x, query, batch, *weights, 4).pooled
         exact_pooled = reference.global_attention(
-            x.double(), global_state.double(), batch.segments, *(w.double() for w in weights), 4
+            x.double(), query.double(), batch.segments, *(w.double() for w in weights), 4
         ).pooled
     close(local, exact.local, TOLERANCE[torch.float32])
     close(pooled, exact_pooled, TOLERANCE[torch.float32])
@@ -124,11 +125,11 @@ def test_lengths_1_to_300_tokens_densely():
 @pytest.mark.parametrize("size", SIZES)
 def test_gradients_are_those_of_the_reference(size):
     config = SIZES[size]
-    block, batch, x, broadcast, global_state = make(config, (0, 5, 300))
+    block, batch, x, broadcast, query = make(config, (0, 5, 300))
     inside = (batch.segments >= 0).unsqueeze(-1)
 
     def gradients(operations, dtype):
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, broadcast, global_state)]
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, broadcast, query)]
         b = Block(config).to(dtype)
         b.load_state_dict(block.state_dict())
         rows, word, g = leaves
@@ -138,9 +139,7 @@ def test_gradients_are_those_of_the_reference(size):
         else:
             hidden, local = reference.local_block(rows * inside, word, batch.segments, b.local_weights(), 5)
             where = batch.segments
-        attended = operations.global_attention(
-            local, g, where, b.query.weight, b.key.weight, b.value.weight, config.n_heads, True
-        )
+        attended = operations.global_attention(local, g, where, b.key.weight, b.value.weight, config.n_heads, True)
         torch.manual_seed(1)
         parts = (hidden, local, attended.pooled, attended.weights)
         sum((part * torch.randn(part.shape, dtype=torch.float64)).sum() for part in parts).backward()
@@ -149,7 +148,7 @@ def test_gradients_are_those_of_the_reference(size):
 
     ours, exact = gradients(cpu, torch.float32), gradients(reference, torch.float64)
     assert ours.keys() == exact.keys()
-    assert len(ours) == 16
+    assert len(ours) == 15
     for name, gradient in exact.items():
         close(ours[name] / gradient.abs().max(), gradient / gradient.abs().max(), 2e-5)
 
@@ -167,12 +166,12 @@ def test_no_gradient_flows_where_none_is_asked_for():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 def test_numbers_that_are_none_stay_in_their_protein(value, dtype):
-    block, batch, x, broadcast, global_state = make(SIZES["small"], (50, 50))
+    block, batch, x, broadcast, query = make(SIZES["small"], (50, 50))
     x[int(batch.starts[1]) + 7, 3] = value
     with torch.no_grad():
         _, local = cpu.local_block(x.to(dtype), broadcast.to(dtype), batch, block.to(dtype).local_weights(), 5)
-        weights = (block.query.weight, block.key.weight, block.value.weight)
-        pooled = cpu.global_attention(local, global_state.to(dtype), batch, *weights, 4).pooled
+        weights = (block.key.weight, block.value.weight)
+        pooled = cpu.global_attention(local, query.to(dtype), batch, *weights, 4).pooled
     assert local[int(batch.starts[1]) + 7].isnan().all()
     assert batch.unpack(local)[0].isfinite().all()
     assert pooled[1].isnan().all()
@@ -186,14 +185,12 @@ def test_activations_to_float32_precision():
     local = torch.zeros(batch.n_rows, 16)
     local[batch.segments >= 0] = steps
     # Zero queries weigh all rows alike: the pooled values are the mean of gelu.
-    zero, eye = torch.zeros(16, 64), torch.eye(16)
-    pooled = cpu.global_attention(local, torch.zeros(1, 64), batch, zero, zero[:, :16], eye, 1).pooled[0]
+    eye = torch.eye(16)
+    pooled = cpu.global_attention(local, torch.zeros(1, 16), batch, eye, eye, 1).pooled[0]
     expected = torch.nn.functional.gelu(steps.double()).mean(0)
     torch.testing.assert_close(pooled.double(), expected, atol=5e-7, rtol=1e-6)
-    query = torch.zeros(16, 64)
-    query[:, 0] = 1
-    attended = cpu.global_attention(local, torch.ones(1, 64), batch, query, eye, eye, 1, True)
-    logits = (torch.tanh(steps.double()) * torch.tanh(torch.ones(1, dtype=torch.float64))).sum(1) / 4
+    attended = cpu.global_attention(local, torch.full((1, 16), 0.75), batch, eye, eye, 1, True)
+    logits = (torch.tanh(steps.double()) * 0.75).sum(1) / 4
     torch.testing.assert_close(
         attended.weights[batch.segments >= 0][:, 0].double(), logits.softmax(0), atol=0, rtol=3e-6
     )
@@ -208,7 +205,7 @@ def test_in_groups_is_the_function_row_by_row(n, size):
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 def test_number_of_threads_leaves_no_trace(dtype):
-    block, batch, x, broadcast, global_state = make(SIZES["odd"], (700, 3, 1200))
+    block, batch, x, broadcast, query = make(SIZES["odd"], (700, 3, 1200))
     block = block.to(dtype)
     before = torch.get_num_threads()
     results = []
@@ -217,8 +214,8 @@ def test_number_of_threads_leaves_no_trace(dtype):
             torch.set_num_threads(threads)
             with torch.no_grad():
                 _, local = cpu.local_block(x.to(dtype), broadcast.to(dtype), batch, block.local_weights(), 5)
-                weights = (block.query.weight, block.key.weight, block.value.weight)
-                results.append((local, cpu.global_attention(local, global_state.to(dtype), batch, *weights, 2).pooled))
+                weights = (block.key.weight, block.value.weight)
+                results.append((local, cpu.global_attention(local, query.to(dtype), batch, *weights, 2).pooled))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -247,18 +244,18 @@ def test_every_instruction_set_equals_the_reference(instruction_set, dtype):
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 def test_same_bits_in_every_tile(instruction_set, dtype):
     """Register tiles of every height, units of work that end in a protein, panels of both widths."""
-    block, batch, x, broadcast, global_state = make(SIZES["odd"], [*range(30), 700])
-    x, broadcast, global_state, block = x.to(dtype), broadcast.to(dtype), global_state.to(dtype), block.to(dtype)
-    weights = (block.query.weight, block.key.weight, block.value.weight)
+    block, batch, x, broadcast, query = make(SIZES["odd"], [*range(30), 700])
+    x, broadcast, query, block = x.to(dtype), broadcast.to(dtype), query.to(dtype), block.to(dtype)
+    weights = (block.key.weight, block.value.weight)
     with torch.no_grad():
         _, local = cpu.local_block(x, broadcast, batch, block.local_weights(), 5)
-        pooled = cpu.global_attention(local, global_state, batch, *weights, 2).pooled
+        pooled = cpu.global_attention(local, query, batch, *weights, 2).pooled
         for i in range(len(batch)):
             rows = slice(int(batch.starts[i]) - batch.gap, int(batch.starts[i] + batch.lengths[i]) + batch.gap)
-            word, state = broadcast[i : i + 1], global_state[i : i + 1]
+            word, asked = broadcast[i : i + 1], query[i : i + 1]
             _, alone = cpu.local_block(x[rows], word, batch[i], block.local_weights(), 5)
             assert torch.equal(alone, local[rows])
-            assert torch.equal(cpu.global_attention(alone, state, batch[i], *weights, 2).pooled[0], pooled[i])
+            assert torch.equal(cpu.global_attention(alone, asked, batch[i], *weights, 2).pooled[0], pooled[i])
 
 
 def test_an_unknown_instruction_set_is_refused():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from proteinbert_fast import Tokenizer
 from proteinbert_fast.ops import reference
-from proteinbert_fast.ops.reference import GlobalBlockWeights, LocalBlockWeights
+from proteinbert_fast.ops.reference import GlobalBlockWeights, LocalBlockWeights, MessageWeights
 
 D, G, H, K, TAPS = 6, 8, 2, 3, 9
 
@@ -75,7 +75,9 @@ def test_global_attention_is_the_formula_of_each_protein_alone(residues):
     batch = batch_of(*residues)
     local, global_state = states(batch, D), random(len(batch), G)
     wq, wk, wv = random(H * K, G), random(H * K, D), random(G, D)
-    attended = reference.global_attention(local, global_state, batch.segments, wq, wk, wv, H, return_weights=True)
+    spoken = reference.message(global_state, MessageWeights(wq, random(D, G, seed=2), random(D)))
+    attended = reference.global_attention(local, spoken.query, batch.segments, wk, wv, H, return_weights=True)
+    torch.testing.assert_close(spoken.broadcast, exact_gelu(global_state @ random(D, G, seed=2).T + random(D)))
     for i, rows in enumerate(batch.unpack(local)):
         heads = []
         for h in range(H):
@@ -144,11 +146,12 @@ def test_gradcheck_local_block():
 
 def test_gradcheck_global_attention():
     batch = batch_of(1, 4)
-    inputs = [states(batch, D), random(2, G), random(H * K, G), random(H * K, D), random(G, D)]
+    message = [random(2, G), random(H * K, G), random(D, G, seed=1), random(D)]
+    inputs = [states(batch, D), *message, random(H * K, D), random(G, D)]
 
-    def attention(*tensors):
-        local, global_state, *weights = tensors
-        return tuple(reference.global_attention(local, global_state, batch.segments, *weights, H, True))
+    def attention(local, global_state, *weights):
+        query, broadcast = reference.message(global_state, MessageWeights(*weights[:3]))
+        return *reference.global_attention(local, query, batch.segments, *weights[3:], H, True), broadcast
 
     assert torch.autograd.gradcheck(attention, [t.requires_grad_() for t in inputs])
 

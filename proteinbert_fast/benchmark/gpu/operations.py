@@ -16,6 +16,7 @@ from proteinbert_fast.benchmark.gpu.precision import Precision
 from proteinbert_fast.config import VOCABULARY_SIZE, ProteinBertConfig
 from proteinbert_fast.model import Block
 from proteinbert_fast.ops import reference
+from proteinbert_fast.ops.reference import Embedded, Message
 from proteinbert_fast.packing import PackedBatch
 from proteinbert_fast.tokenizer import Tokenizer
 
@@ -62,7 +63,10 @@ class Inputs:
         self.rows = states(self.batch.n_rows, config.d_local) * inside
         self.word = states(len(self.batch), config.d_local)
         self.state = states(len(self.batch), config.d_global)
-        self.pooled = states(len(self.batch), config.d_global)
+        # About what tanh leaves; the kernels take it in float32 whatever the states are in.
+        query = torch.tanh(states(len(self.batch), config.n_heads * config.d_key).float())
+        self.message = Message(query, self.word)
+        self.embedded = Embedded(self.batch.tokens, states(VOCABULARY_SIZE, config.d_local))
 
     def _random(self, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
         """Weights that leave states about 1 in size; biases and norms that show whether they are used."""
@@ -78,11 +82,6 @@ class Inputs:
         spans = int((-(-batch.host_lengths // SPAN)).sum())
         return Size(batch.n_tokens, batch.n_rows, len(batch), spans, self.precision.dtype.itemsize)
 
-    @property
-    def attention_weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of query, key and value."""
-        return self.block.query.weight, self.block.key.weight, self.block.value.weight  # type: ignore[union-attr, return-value]
-
     def exact(self) -> "Inputs":
         """The same numbers in float64, where the reference is computed."""
         twin: Inputs = object.__new__(Inputs)
@@ -95,9 +94,11 @@ class Inputs:
             copy = copy.to(self.exact_device, torch.float64).requires_grad_(False)
             copy.load_state_dict(layer.state_dict())
             setattr(twin, name, copy)
-        for name in ("rows", "word", "state", "pooled"):
+        for name in ("rows", "word", "state"):
             setattr(twin, name, getattr(self, name).to(self.exact_device, torch.float64))
         twin.batch = self.batch.to(self.exact_device)
+        twin.message = Message(self.message.query.to(self.exact_device, torch.float64), twin.word)
+        twin.embedded = Embedded(twin.batch.tokens, self.embedded.weight.to(self.exact_device, torch.float64))
         return twin
 
 
@@ -128,100 +129,120 @@ def tile_rows(inputs: Inputs, kernel: str = "local_block") -> int:
     import sys
 
     from proteinbert_fast.ops import kernels
+    from proteinbert_fast.ops.kernels.launching import capability_of, product_precision
 
     module = sys.modules[f"{kernels.__name__}.{kernel}"]
-    capability = module.capability_of(inputs.rows)
-    return int(module.configuration(capability, inputs.config.d_local, inputs.precision.dtype).rows)
+    channels, dtype = inputs.config.d_local, inputs.precision.dtype
+    capability = capability_of(inputs.rows)
+    if kernel == "local_block" and module.portable_because(capability, channels, dtype) is None:
+        from proteinbert_fast.ops.kernels import local_block_hopper
+
+        return int(local_block_hopper.configuration(channels, dtype).rows)
+    with inputs.precision.active():
+        return int(module.configuration(capability, channels, dtype, product_precision(dtype)).rows)
 
 
-def _local_block(keep_hidden: bool) -> Operation:
+def _local_block(name: str, keep_hidden: bool = False, first: bool = False, note: str = "") -> Operation:
     def run(i: Inputs) -> Tensors:
         from proteinbert_fast.ops import kernels
 
         weights = i.block.local_weights()  # type: ignore[operator]
-        return kernels.local_block(i.rows, i.word, i.batch, weights, i.config.wide_dilation, keep_hidden)
+        x = i.embedded if first else i.rows
+        return kernels.local_block(x, i.word, i.batch, weights, i.config.wide_dilation, keep_hidden)
 
     def exact(i: Inputs) -> Tensors:
         weights = i.block.local_weights()  # type: ignore[operator]
-        right = reference.local_block(i.rows, i.word, i.batch.segments, weights, i.config.wide_dilation)
+        x = reference.embed_tokens(*i.embedded) if first else i.rows
+        right = reference.local_block(x, i.word, i.batch.segments, weights, i.config.wide_dilation)
         return (right.hidden if keep_hidden else None), right.local
 
     def cost(i: Inputs) -> Cost:
+        if first:
+            return cost_model.first_block(i.config, i.size, tile_rows(i))
         return cost_model.local_block(i.config, i.size, tile_rows(i), keep_hidden)
 
-    if keep_hidden:
-        return Operation("local_block, hidden kept", run, exact, cost, "also writes the states after the first norm")
-    return Operation("local_block", run, exact, cost)
+    return Operation(name, run, exact, cost, note)
 
 
-def _global_attention(return_weights: bool) -> Operation:
+def _global_track(name: str, last: bool = False, return_attention: bool = False, note: str = "") -> Operation:
     def run(i: Inputs) -> Tensors:
         from proteinbert_fast.ops import kernels
 
-        found = kernels.global_attention(
-            i.rows, i.state, i.batch, *i.attention_weights, i.config.n_heads, return_weights
+        found = kernels.global_track(
+            i.rows,
+            i.state,
+            i.message,
+            i.batch,
+            i.block.global_weights(),  # type: ignore[operator]
+            None if last else i.block.message_weights(),  # type: ignore[operator]
+            i.config.n_heads,
+            return_attention,
         )
-        return found.pooled, found.weights
+        said = (found.residue_mean,) if last else tuple(found.message or ())
+        return found.hidden, found.global_state, found.attention, *said
 
     def exact(i: Inputs) -> Tensors:
-        weights = i.attention_weights
-        found = reference.global_attention(
-            i.rows, i.state, i.batch.segments, *weights, i.config.n_heads, return_weights
-        )
-        return found.pooled, found.weights
+        weights, batch = i.block.global_weights(), i.batch  # type: ignore[operator]
+        pooled, attention = reference.global_attention(
+            i.rows, i.message.query, batch.segments, weights.key_weight, weights.value_weight, i.config.n_heads,
+            return_attention,
+        )  # fmt: skip
+        hidden, state = reference.global_block(i.state, pooled, weights.block)
+        if last:
+            mean = reference.residue_mean(i.rows, batch.segments, batch.starts, batch.lengths)
+            return hidden, state, attention, mean
+        message = reference.message(state, i.block.message_weights())  # type: ignore[operator]
+        return hidden, state, attention, *message
 
     def cost(i: Inputs) -> Cost:
-        size, keys = i.size, i.config.n_heads * i.config.d_key
-        done = cost_model.linear(size.proteins, i.config.d_global, keys, size.itemsize, "tanh")
-        done += cost_model.span_sums(i.config, size) + cost_model.add_spans(i.config, size)
-        if return_weights:
-            done += cost_model.attention_weights(i.config, size, tile_rows(i, "global_attention"))
+        size, config = i.size, i.config
+        done = cost_model.span_sums(config, size) + cost_model.add_spans(config, size)
+        done += cost_model.global_track(config, size)
+        if not last:
+            done += cost_model.message(config, size)
+        if return_attention:
+            done += cost_model.attention_weights(config, size, tile_rows(i, "global_attention"))
         return done
 
-    if return_weights:
-        return Operation("global_attention, with weights", run, exact, cost, "as above and the weights pass")
-    return Operation("global_attention", run, exact, cost, "query, span sums, add spans")
+    return Operation(name, run, exact, cost, note)
 
 
-def _global_block() -> Operation:
+def _message() -> Operation:
     def run(i: Inputs) -> Tensors:
         from proteinbert_fast.ops import kernels
 
-        return kernels.global_block(i.state, i.pooled, i.block.global_weights())  # type: ignore[operator]
+        return kernels.message(i.state, i.block.message_weights())  # type: ignore[operator]
 
     def exact(i: Inputs) -> Tensors:
-        return reference.global_block(i.state, i.pooled, i.block.global_weights())  # type: ignore[operator]
+        return reference.message(i.state, i.block.message_weights())  # type: ignore[operator]
 
-    return Operation("global_block", run, exact, lambda i: cost_model.global_track(i.config, i.size))
+    return Operation("message", run, exact, lambda i: cost_model.message(i.config, i.size), "to the first block")
 
 
-def _broadcast() -> Operation:
-    def weights(i: Inputs) -> tuple[Tensor, Tensor]:
-        return i.block.broadcast.weight, i.block.broadcast.bias  # type: ignore[union-attr, return-value]
-
+def _residue_mean() -> Operation:
     def run(i: Inputs) -> Tensors:
         from proteinbert_fast.ops import kernels
 
-        return (kernels.broadcast_global(i.state, *weights(i)),)
+        return (kernels.residue_mean(i.rows, i.batch),)
 
-    def cost(i: Inputs) -> Cost:
-        return cost_model.linear(i.size.proteins, i.config.d_global, i.config.d_local, i.size.itemsize, "gelu")
+    def exact(i: Inputs) -> Tensors:
+        return (reference.residue_mean(i.rows, i.batch.segments, i.batch.starts, i.batch.lengths),)
 
-    return Operation("broadcast_global", run, lambda i: (reference.broadcast_global(i.state, *weights(i)),), cost)
+    return Operation("residue_mean", run, exact, lambda i: cost_model.residue_mean(i.config, i.size), "of states")
 
 
 def _token_head() -> Operation:
     def run(i: Inputs) -> Tensors:
         from proteinbert_fast.ops import kernels
 
-        return (kernels.dense(i.token_head, i.rows),)  # type: ignore[arg-type]
+        return (kernels.head(i.token_head, i.rows, by_row=True),)  # type: ignore[arg-type]
 
     return Operation(
         "token head",
         run,
         lambda i: (i.token_head(i.rows),),
         lambda i: cost_model.token_head(i.config, i.size),
-        "a linear layer on every row",
+        "logits of every row",
     )
 
 
@@ -229,24 +250,26 @@ def _annotation_head() -> Operation:
     def run(i: Inputs) -> Tensors:
         from proteinbert_fast.ops import kernels
 
-        return (kernels.dense(i.annotation_head, i.state),)  # type: ignore[arg-type]
+        return (kernels.head(i.annotation_head, i.state),)  # type: ignore[arg-type]
 
     return Operation(
         "annotation head",
         run,
         lambda i: (i.annotation_head(i.state),),
         lambda i: cost_model.annotation_head(i.config, i.size),
-        "a linear layer on every protein",
+        "logits of every protein",
     )
 
 
 OPERATIONS = (
-    _local_block(False),
-    _local_block(True),
-    _global_attention(False),
-    _global_attention(True),
-    _global_block(),
-    _broadcast(),
+    _local_block("local_block"),
+    _local_block("local_block, hidden kept", keep_hidden=True, note="also writes the states after the first norm"),
+    _local_block("local_block, first", first=True, note="takes tokens, not states"),
+    _global_track("global_track", note="span sums, then one launch to the next block's query and broadcast"),
+    _global_track("global_track, last", last=True, note="with the mean of the residues' states instead"),
+    _global_track("global_track, with weights", return_attention=True, note="and the attention weights' pass"),
+    _message(),
+    _residue_mean(),
     _token_head(),
     _annotation_head(),
 )

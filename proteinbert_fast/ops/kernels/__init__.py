@@ -3,18 +3,18 @@
 import torch
 
 from proteinbert_fast.config import ProteinBertConfig
-from proteinbert_fast.ops.kernels.global_attention import global_attention
-from proteinbert_fast.ops.kernels.global_track import global_block
-from proteinbert_fast.ops.kernels.launching import DTYPES, is_interpreted
-from proteinbert_fast.ops.kernels.linear import broadcast_global, dense, sum_annotations
+from proteinbert_fast.ops.kernels.global_track import global_track
+from proteinbert_fast.ops.kernels.launching import DTYPES, OLDEST, capability, is_interpreted
+from proteinbert_fast.ops.kernels.linear import head, message, sum_annotations
 from proteinbert_fast.ops.kernels.local_block import CHANNELS, local_block
+from proteinbert_fast.ops.kernels.protein_sums import residue_mean
 
 __all__ = [
-    "broadcast_global",
-    "dense",
-    "global_attention",
-    "global_block",
+    "global_track",
+    "head",
     "local_block",
+    "message",
+    "residue_mean",
     "sum_annotations",
     "unsupported",
 ]
@@ -24,6 +24,10 @@ def unsupported(device: torch.device, config: ProteinBertConfig, dtype: torch.dt
     """Why these kernels cannot run a model of these sizes in this dtype on this device, or None when they can."""
     if device.type != "cuda" and not is_interpreted():
         return f"the device is {device.type}, not a CUDA GPU"
+    if torch.version.hip:
+        return "this is PyTorch for AMD GPUs, for which the kernels are not made"
+    if device.type == "cuda" and (found := capability(device.index or 0)) < OLDEST:
+        return f"the GPU's compute capability is {found / 10}, below {OLDEST / 10}"
     if dtype not in DTYPES:
         return f"the dtype is {str(dtype).removeprefix('torch.')}, not float32, bfloat16 or float16"
     if config.d_local not in CHANNELS:
@@ -32,6 +36,7 @@ def unsupported(device: torch.device, config: ProteinBertConfig, dtype: torch.dt
         ("d_global", config.d_global, 1024),
         ("d_key", config.d_key, 128),
         ("d_value", config.d_value, 256),
+        ("n_heads * d_key", config.n_heads * config.d_key, 1024),
     ):
         if size > most or size % 16:
             return f"{name} is {size}, not a multiple of 16 up to {most}"

@@ -7,14 +7,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def gelu(x, PRECISE: tl.constexpr):
-    """The erf form: max(x, 0) - |x| 2^P(|x|), where 2^P is the normal distribution's upper tail.
-
-    To 8e-8 where PRECISE, which is for float32 states, else to 7e-7 with one step less. As the exact form, +inf gives
-    +inf, and -inf and NaN give NaN. Beyond 6 the second term is below 6e-9.
-    """
-    magnitude = tl.abs(x)
-    a = tl.minimum(magnitude, 6.0)
+def _tail(a, PRECISE: tl.constexpr):
+    """The normal distribution's upper tail at 0 <= a <= 6, as a power of two."""
     if PRECISE:
         p = 3.3093125e-5 * a - 7.6922245e-4
         p = p * a + 8.0807256e-3
@@ -28,7 +22,31 @@ def gelu(x, PRECISE: tl.constexpr):
         p = p * a - 0.4599926472
         p = p * a - 1.1507878304
         p = p * a - 1.0000376701
-    return 0.5 * (x + magnitude) - a * tl.exp2(p)
+    return tl.exp2(p)
+
+
+@triton.jit
+def gelu(x, PRECISE: tl.constexpr):
+    """The erf form: max(x, 0) - |x| 2^P(|x|), where 2^P is the normal distribution's upper tail.
+
+    To 8e-8 where PRECISE, which is for float32 states, else to 7e-7 with one step less. As the exact form, +inf gives
+    +inf, and -inf and NaN give NaN. Beyond 6 the second term is below 6e-9.
+    """
+    magnitude = tl.abs(x)
+    a = tl.minimum(magnitude, 6.0)
+    return 0.5 * (x + magnitude) - a * _tail(a, PRECISE)
+
+
+@triton.jit
+def gelu_and_slope(x, PRECISE: tl.constexpr):
+    """GELU as above, and its derivative Phi(x) + x phi(x) to as many digits; 0 or 1 at infinities."""
+    magnitude = tl.abs(x)
+    a = tl.minimum(magnitude, 6.0)
+    tail = _tail(a, PRECISE)
+    density = 0.3989422804 * tl.exp2(a * a * -0.7213475204)
+    # Both halves are the tail's: Phi(-a) = tail, Phi(a) = 1 - tail.
+    slope = tail - a * density
+    return 0.5 * (x + magnitude) - a * tail, tl.where(x > 0, 1.0 - slope, slope)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Global attention: each protein's query over its own rows, in one pass; keys and values are never stored.
 
 A protein is cut into spans of SPAN rows from its own first row. One program sums a head's ``e`` and ``e * v`` over a
-span, tile by tile; a second kernel adds a protein's spans, in order. |logit| <= sqrt(d_key), so no running maximum is
+span, tile by tile; the global track adds a protein's spans, in order. |logit| <= sqrt(d_key), so no running maximum is
 needed. No sum's order depends on what else is in the batch.
 """
 
@@ -13,17 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import LOG2_E, gelu, tanh
-from proteinbert_fast.ops.kernels.launching import capability_of, padded, product_precision
-from proteinbert_fast.ops.kernels.linear import linear
-from proteinbert_fast.ops.recompute import recomputed
-from proteinbert_fast.ops.reference import Attended
-from proteinbert_fast.packing import PackedBatch
+from proteinbert_fast.ops.kernels.launching import capability_of, has_matrix_units, padded, product_precision
+from proteinbert_fast.packing import cut_into_spans
 
 SPAN = 512
-_SPANS_AT_ONCE = 32
+SPANS_AT_ONCE = 32
+_RESIDUES_AT_ONCE = 32
 
 
 class Configuration(NamedTuple):
@@ -43,13 +40,16 @@ class Configuration(NamedTuple):
 
 
 @triton.jit
-def _projected(
-    LOCAL, W, rows, inside, head, SIZE: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
+def projected(
+    LOCAL, W, rows, inside, head, first_output, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, D: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows of LOCAL times a head's (SIZE, D) matrix, CHUNK channels at a time, (M, PADDED)."""
-    outputs = tl.arange(0, PADDED)
-    total = tl.zeros((rows.shape[0], PADDED), tl.float32)
+    """Rows of LOCAL times OUTPUTS rows of a head's (SIZE, D) matrix, CHUNK channels at a time, (M, OUTPUTS).
+
+    Rows from SIZE on count as zeros.
+    """
+    outputs = first_output + tl.arange(0, OUTPUTS)
+    total = tl.zeros((rows.shape[0], OUTPUTS), tl.float32)
     for first in range(0, D, CHUNK):
         k = first + tl.arange(0, CHUNK)
         x = tl.load(LOCAL + rows[:, None] * D + k[None, :], mask=inside[:, None], other=0.0)
@@ -72,9 +72,12 @@ def span_sums_kernel(
     LOCAL, QUERY, KEY, VALUE, STARTS, LENGTHS, SPAN_PROTEIN, FIRST_SPAN, SUMS, n_proteins,
     D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PADDED: tl.constexpr, V_PADDED: tl.constexpr,
     SPAN: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, RESIDUES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (span, head): sum of e * v, and behind it sum of e, to SUMS (spans, H, V + 1)."""
+    """Program (span, head) writes its part of SUMS (spans, WIDTH): e * v of all heads, e of all heads, residues.
+
+    The residues' states are summed by head 0, where RESIDUES.
+    """
     span = tl.program_id(0)
     head = tl.program_id(1)
     protein = tl.load(SPAN_PROTEIN + span)
@@ -95,8 +98,8 @@ def span_sums_kernel(
             row = tile + tl.arange(0, M)
             inside = row < n_rows
             if CHUNK:
-                key = _projected(LOCAL, KEY, first_row + row, inside, head, K, K_PADDED, D, CHUNK, PRECISION)
-                value = _projected(LOCAL, VALUE, first_row + row, inside, head, V, V_PADDED, D, CHUNK, PRECISION)
+                key = projected(LOCAL, KEY, first_row + row, inside, head, 0, K, K_PADDED, D, CHUNK, PRECISION)
+                value = projected(LOCAL, VALUE, first_row + row, inside, head, 0, V, V_PADDED, D, CHUNK, PRECISION)
             else:
                 at = (first_row + row)[:, None] * D + tl.arange(0, D)[None, :]
                 local = tl.load(LOCAL + at, mask=inside[:, None], other=0.0)
@@ -108,35 +111,40 @@ def span_sums_kernel(
             # Rows of the last tile that are not the protein's are zeros, not 0 * whatever.
             numerator += tl.sum(tl.where(inside[:, None], value * e[:, None], 0.0), axis=0)
             denominator += e
-        out = SUMS + (span.to(tl.int64) * H + head) * (V + 1)
-        tl.store(out + values, numerator, mask=values < V)
-        tl.store(out + V, tl.sum(denominator, axis=0))
+        out = SUMS + span.to(tl.int64) * WIDTH
+        tl.store(out + head * V + values, numerator, mask=values < V)
+        tl.store(out + H * V + head, tl.sum(denominator, axis=0))
+        if RESIDUES:  # noqa: SIM102 - known when compiled, which head is not
+            if head == 0:
+                columns = tl.arange(0, D)
+                total = tl.zeros((D,), tl.float32)
+                for tile in range(0, n_rows, RESIDUES):
+                    row = tile + tl.arange(0, RESIDUES)
+                    # The first and the last token of a protein are no residues.
+                    residue = (row < n_rows) & (done + row > 0) & (row + 1 < rows_left)
+                    at = (first_row + row)[:, None] * D + columns[None, :]
+                    total += tl.sum(tl.load(LOCAL + at, mask=residue[:, None], other=0.0).to(tl.float32), axis=0)
+                tl.store(out + H * V + H + columns, total)
 
 
 @triton.jit
 def add_spans_kernel(
-    SUMS, FIRST_SPAN, POOLED, DENOMINATOR,
-    H: tl.constexpr, V: tl.constexpr, V_PADDED: tl.constexpr, AT_ONCE: tl.constexpr,
+    SUMS, FIRST_SPAN, COARSE_PROTEIN, FIRST_COARSE, COARSE_SUMS, n_proteins,
+    WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Program (protein, head): the weighted mean over all spans, AT_ONCE spans at a time."""
-    protein = tl.program_id(0)
-    head = tl.program_id(1)
-    first = tl.load(FIRST_SPAN + protein)
-    n_spans = (tl.load(FIRST_SPAN + protein + 1) - first).to(tl.int32)
-    values = tl.arange(0, V_PADDED)
-    numerator = tl.zeros((V_PADDED,), tl.float32)
-    denominator = tl.zeros((AT_ONCE,), tl.float32)
-    for done in range(0, n_spans, AT_ONCE):
-        span = done + tl.arange(0, AT_ONCE)
-        inside = span < n_spans
-        at = SUMS + ((first + span) * H + head) * (V + 1)
-        sums = tl.load(at[:, None] + values[None, :], mask=inside[:, None] & (values < V)[None, :], other=0.0)
-        numerator += tl.sum(sums, axis=0)
-        denominator += tl.load(at + V, mask=inside, other=0.0)
-    total = tl.sum(denominator, axis=0)
-    out = protein.to(tl.int64) * H + head
-    tl.store(POOLED + out * V + values, (numerator / total).to(POOLED.dtype.element_ty), mask=values < V)
-    tl.store(DENOMINATOR + out, total)
+    """Program: one coarse span, the sum of AT_ONCE neighbouring spans of a protein, in order."""
+    coarse = tl.program_id(0).to(tl.int64)
+    protein = tl.load(COARSE_PROTEIN + coarse)
+    if protein < n_proteins:
+        columns = tl.arange(0, WIDTH_PADDED)
+        first = tl.load(FIRST_SPAN + protein) + (coarse - tl.load(FIRST_COARSE + protein)) * AT_ONCE
+        end = tl.load(FIRST_SPAN + protein + 1)
+        total = tl.zeros((WIDTH_PADDED,), tl.float32)
+        for i in range(0, AT_ONCE):
+            span = first + i
+            inside = columns < tl.where(span < end, WIDTH, 0)
+            total += tl.load(SUMS + span * WIDTH + columns, mask=inside, other=0.0)
+        tl.store(COARSE_SUMS + coarse * WIDTH + columns, total, mask=columns < WIDTH)
 
 
 @triton.jit
@@ -153,7 +161,7 @@ def weights_kernel(
     inside = segment >= 0
     protein = tl.maximum(segment, 0).to(tl.int64)
     keys = tl.arange(0, K_PADDED)
-    key = tanh(_projected(LOCAL, KEY, rows, inside, head, K, K_PADDED, D, 16, PRECISION))
+    key = tanh(projected(LOCAL, KEY, rows, inside, head, 0, K, K_PADDED, D, 16, PRECISION))
     query_at = QUERY + (protein * H + head)[:, None] * K + keys[None, :]
     query = tl.load(query_at, mask=inside[:, None] & (keys < K)[None, :], other=0.0)
     e = tl.exp2(tl.sum(key * query, axis=1) * SCALE)
@@ -162,103 +170,127 @@ def weights_kernel(
     tl.store(WEIGHTS + rows * H + head, weight, mask=in_batch)
 
 
-def configuration(capability: int, channels: int, dtype: torch.dtype) -> Configuration:
+def configuration(capability: int, channels: int, dtype: torch.dtype, precision: str = "ieee") -> Configuration:
     """The tuned one of this machine, or the shipped one for a device; as for the local block."""
-    if (tuned := tuning.lookup("global_attention", Configuration, capability, channels, dtype)) is not None:
+    if (tuned := tuning.lookup("global_attention", Configuration, capability, channels, dtype, precision)) is not None:
         return tuned
     if capability == 0:  # Time in the interpreter goes by the number of operations, not by their sizes.
         return Configuration(64, 4, 1, 32 if dtype == torch.float32 else 0)
-    if dtype == torch.float32 or capability < 80:
+    if not has_matrix_units(capability, dtype, precision):
         return Configuration(16, 8, 1, 16)
+    if dtype == torch.float32:
+        return Configuration(64, 8, 1, 32)
     if channels > 128:
         return Configuration(32, 8, 1, 0)
     return Configuration(64, 4 if capability >= 90 else 8, 2, 0)
 
 
-@torch.library.custom_op("proteinbert_fast::global_attention", mutates_args=())
-def _global_attention(
-    local: Tensor, query: Tensor, key_weight: Tensor, value_weight: Tensor, starts: Tensor, lengths: Tensor,
-    segments: Tensor, span_protein: Tensor, first_span: Tensor, n_heads: int, return_weights: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    local = local.contiguous()
-    n_proteins, channels = len(starts), local.shape[1]
-    d_key, d_value = len(key_weight) // n_heads, len(value_weight) // n_heads
-    key_weight, value_weight = key_weight.to(local.dtype).contiguous(), value_weight.to(local.dtype).contiguous()
-    c = configuration(capability_of(local), channels, local.dtype)
-    sizes = {"D": channels, "H": n_heads, "K": d_key, "K_PADDED": padded(d_key)}
-    values = {"V": d_value, "V_PADDED": padded(d_value)}
-    scale = LOG2_E.value / math.sqrt(d_key)
-    precision = product_precision(local.dtype)
-    sums = torch.empty(len(span_protein), n_heads, d_value + 1, dtype=torch.float32, device=local.device)
-    pooled = local.new_empty(n_proteins, n_heads * d_value)
-    denominator = torch.empty(n_proteins, n_heads, dtype=torch.float32, device=local.device)
-    if n_proteins:
-        span_sums_kernel[(len(span_protein), n_heads)](
-            local, query, key_weight, value_weight, starts, lengths, span_protein, first_span, sums, n_proteins,
-            **sizes, **values, SPAN=SPAN, M=c.rows, STAGES=c.stages, CHUNK=c.chunk, SCALE=scale, PRECISION=precision,
-            num_warps=c.warps, num_stages=c.stages,
+class SpanSums(NamedTuple):
+    """What the global track needs of a protein's rows, summed over spans.
+
+    Attributes:
+        sums: (S, H * V + H + D) float32: e * v, e, and the residues' states, the last only where asked for.
+        first: int64 (B + 1,), the first span of each protein, and how many there are.
+    """
+
+    sums: Tensor
+    first: Tensor
+
+
+def add_spans(spans: SpanSums, lengths: Tensor, n_rows: int, longest: int, most: int = SPANS_AT_ONCE) -> SpanSums:
+    """Adds up neighbouring spans, SPANS_AT_ONCE at a time, until no protein has more than ``most``.
+
+    Proteins that have fewer pass through each round unchanged, so that a long neighbour leaves no trace.
+
+    Args:
+        spans: sums (S, W) of SPAN rows each.
+        lengths: (B,) int64, rows of each protein.
+        n_rows: of all proteins, or more.
+        longest: rows of the longest protein, or more.
+        most: 1, or SPANS_AT_ONCE.
+    """
+    (sums, first), n_proteins, size = spans, len(lengths), SPAN
+    while n_proteins and longest > size * most:
+        size *= SPANS_AT_ONCE
+        protein, coarse_first = cut_into_spans(lengths, size, n_rows // size + n_proteins)
+        coarse = sums.new_empty(len(protein), sums.shape[1])
+        add_spans_kernel[(len(protein),)](
+            sums, first, protein, coarse_first, coarse, n_proteins,
+            WIDTH=sums.shape[1], WIDTH_PADDED=padded(sums.shape[1]), AT_ONCE=SPANS_AT_ONCE, num_warps=4,
         )  # fmt: skip
-        add_spans_kernel[(n_proteins, n_heads)](
-            sums, first_span, pooled, denominator, H=n_heads, **values, AT_ONCE=_SPANS_AT_ONCE, num_warps=4
-        )
-    weights = local.new_empty(len(local) if return_weights else 0, n_heads)
-    if return_weights:
-        weights_kernel[(triton.cdiv(len(local), c.rows), n_heads)](
-            local, query, key_weight, denominator, segments, weights, len(local),
-            **sizes, M=c.rows, SCALE=scale, PRECISION=precision, num_warps=c.warps,
-        )  # fmt: skip
-    return pooled, weights
+        sums, first = coarse, coarse_first
+    return SpanSums(sums, first)
 
 
-@_global_attention.register_fake
-def _(
-    local: Tensor, query: Tensor, key_weight: Tensor, value_weight: Tensor, starts: Tensor, lengths: Tensor,
-    segments: Tensor, span_protein: Tensor, first_span: Tensor, n_heads: int, return_weights: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    weights = local.new_empty(len(local) if return_weights else 0, n_heads)
-    return local.new_empty(len(starts), len(value_weight)), weights
-
-
-def global_attention(
+def span_sums(
     local: Tensor,
-    global_state: Tensor,
-    batch: PackedBatch,
-    query_weight: Tensor,
+    query: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    spans: tuple[Tensor, Tensor],
+    longest: int,
     key_weight: Tensor,
     value_weight: Tensor,
     n_heads: int,
-    return_weights: bool = False,
-) -> Attended:
-    """``reference.global_attention``; attention weights, if asked for, are computed in a second pass, in local's dtype.
+    residues: bool = False,
+    chosen: Configuration | None = None,
+) -> SpanSums:
+    """Each protein's query over its own rows, at most SPANS_AT_ONCE sums of a protein.
 
     Args:
         local: (R, D), the block's new local states.
-        global_state: (B, G), the global states from before the block.
-        batch: the packed layout.
-        query_weight: (H * K, G), head-major.
+        query: (B, H * K) float32, heads concatenated.
+        starts: (B,) int64, first row of each protein.
+        lengths: (B,) int64, rows of each protein.
+        spans: as ``PackedBatch.spans(SPAN)`` gives them.
+        longest: rows of the longest protein, or more.
         key_weight: (H * K, D), head-major.
         value_weight: (H * V, D), head-major.
         n_heads: H.
-        return_weights: also return the softmax weights (R, H).
+        residues: sum the states of each protein's residues in the same pass.
+        chosen: how to cut the launch; the shipped configuration when None.
     """
-    segments, dtype = batch.segments, local.dtype
-    spans = batch.spans(SPAN)
-
-    def fast(local: Tensor, global_state: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        query_weight, key_weight, value_weight = weights
-        query = linear(global_state.to(dtype), query_weight, None, "tanh", torch.float32)
-        result: tuple[Tensor, ...] = _global_attention(
-            local, query, key_weight, value_weight, batch.starts, batch.lengths, segments, *spans, n_heads,
-            return_weights,
+    local = local.contiguous()
+    n_proteins, (n_rows, channels) = len(starts), local.shape
+    d_key, d_value = len(key_weight) // n_heads, len(value_weight) // n_heads
+    precision = product_precision(local.dtype)
+    c = chosen or configuration(capability_of(local), channels, local.dtype, precision)
+    width = n_heads * (d_value + 1) + (channels if residues else 0)
+    protein, first = spans
+    sums = local.new_empty(len(protein), width, dtype=torch.float32)
+    if n_proteins:
+        span_sums_kernel[(len(protein), n_heads)](
+            local, query.contiguous(), key_weight.to(local.dtype).contiguous(),
+            value_weight.to(local.dtype).contiguous(), starts, lengths, protein, first, sums, n_proteins,
+            D=channels, H=n_heads, K=d_key, K_PADDED=padded(d_key), V=d_value, V_PADDED=padded(d_value), SPAN=SPAN,
+            M=c.rows, STAGES=c.stages, CHUNK=c.chunk, SCALE=LOG2_E.value / math.sqrt(d_key),
+            PRECISION=precision, RESIDUES=_RESIDUES_AT_ONCE if residues else 0, WIDTH=width,
+            num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
-        return result
+    return add_spans(SpanSums(sums, first), lengths, n_rows, longest)
 
-    def plain(local: Tensor, global_state: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        query_weight, key_weight, value_weight = weights
-        attended = reference.global_attention(
-            local, global_state, segments, query_weight, key_weight, value_weight, n_heads, return_weights
-        )
-        return attended.pooled, local.new_empty(0) if attended.weights is None else attended.weights
 
-    pooled, weights = recomputed(fast, plain, local, global_state, query_weight, key_weight, value_weight)
-    return Attended(pooled, weights if return_weights else None)
+def attention_weights(
+    local: Tensor, query: Tensor, key_weight: Tensor, denominator: Tensor, segments: Tensor
+) -> Tensor:
+    """The softmax weights (R, H) in the dtype of ``local``, computed again from the keys; zeros in gap rows.
+
+    Args:
+        local: (R, D), the block's new local states.
+        query: (B, H * K) float32, heads concatenated.
+        key_weight: (H * K, D), head-major.
+        denominator: (B, H) float32, sums of e.
+        segments: (R,) int32, the protein of each row, -1 in gap rows.
+    """
+    local = local.contiguous()
+    (n_rows, channels), n_heads = local.shape, denominator.shape[1]
+    d_key = len(key_weight) // n_heads
+    precision = product_precision(local.dtype)
+    c = configuration(capability_of(local), channels, local.dtype, precision)
+    weights = local.new_empty(n_rows, n_heads)
+    weights_kernel[(triton.cdiv(n_rows, c.rows), n_heads)](
+        local, query.contiguous(), key_weight.to(local.dtype).contiguous(), denominator, segments, weights, n_rows,
+        D=channels, H=n_heads, K=d_key, K_PADDED=padded(d_key), M=c.rows, SCALE=LOG2_E.value / math.sqrt(d_key),
+        PRECISION=precision, num_warps=c.warps,
+    )  # fmt: skip
+    return weights

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST = 75  # compute capability 7.5, Turing
 
 
 def is_interpreted() -> bool:
@@ -16,7 +17,18 @@ def is_interpreted() -> bool:
 
 def product_precision(dtype: torch.dtype) -> str:
     """How float32 products are formed: exactly, or in TF32 where PyTorch's own products may be."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    # allow_tf32 may not be read once a program has used the settings that replace it.
+    precision = torch.backends.cuda.matmul.fp32_precision
+    if precision == "none":
+        precision = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if precision == "tf32" else "ieee"
+
+
+def has_matrix_units(capability: int, dtype: torch.dtype, precision: str) -> bool:
+    """Whether products run on them; they take no exact float32, and Triton does not use those of Turing."""
+    return capability >= 80 and (dtype != torch.float32 or precision == "tf32")
 
 
 @lru_cache

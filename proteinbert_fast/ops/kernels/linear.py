@@ -9,11 +9,13 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from proteinbert_fast.ops import reference
-from proteinbert_fast.ops.kernels.activations import activate
-from proteinbert_fast.ops.kernels.launching import product_precision
+from proteinbert_fast.ops.kernels.activations import LOG2_E, activate
+from proteinbert_fast.ops.kernels.launching import capability_of, has_matrix_units, product_precision
 from proteinbert_fast.ops.recompute import recomputed
+from proteinbert_fast.ops.reference import Message, MessageWeights
 
 _ROWS = 16  # as few as the matrix units take: most calls have a row per protein
+_MANY_ROWS = 64  # for calls with a row per token
 _COLUMNS = 64
 _INPUTS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
@@ -21,6 +23,7 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": reference.gelu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
+    "softmax": lambda x: x.softmax(-1),
 }
 
 
@@ -30,7 +33,10 @@ def linear_kernel(
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of OUT (rows, columns) = activation(X @ W^T + BIAS); W is (columns, inputs)."""
+    """A tile of OUT (rows, columns) = activation(X @ W^T + BIAS); W is (columns, inputs).
+
+    A softmax runs over the columns of one tile: it must have them all.
+    """
     rows = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     columns = tl.program_id(1) * N + tl.arange(0, N)
     inputs = tl.arange(0, CHUNK)
@@ -46,26 +52,34 @@ def linear_kernel(
         w_at = W + columns.to(tl.int64)[:, None] * n_inputs + k[None, :]
         w = tl.load(w_at, mask=in_columns[:, None] & in_inputs, other=0.0)
         total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
+    if ACTIVATION == "softmax":
+        total = tl.where(in_columns[None, :], total, float("-inf"))
+        total = tl.exp2((total - tl.max(total, axis=1)[:, None]) * LOG2_E)
+        total /= tl.sum(total, axis=1)[:, None]
     out = activate(total, ACTIVATION).to(OUT.dtype.element_ty)
     tl.store(OUT + rows[:, None] * n_columns + columns[None, :], out, mask=in_rows & in_columns[None, :])
 
 
 @torch.library.custom_op("proteinbert_fast::linear", mutates_args=())
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype) -> Tensor:
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype, by_row: bool
+) -> Tensor:
     x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
     out = torch.empty(len(x), len(weight), dtype=out_dtype, device=x.device)
+    precision = product_precision(x.dtype)
+    n_rows = _MANY_ROWS if by_row and has_matrix_units(capability_of(x), x.dtype, precision) else _ROWS
     if len(x):
-        linear_kernel[(triton.cdiv(len(x), _ROWS), triton.cdiv(len(weight), _COLUMNS))](
+        linear_kernel[(triton.cdiv(len(x), n_rows), triton.cdiv(len(weight), _COLUMNS))](
             x, weight, x if bias is None else bias, out, len(x), x.shape[1], len(weight),
-            HAS_BIAS=bias is not None, ACTIVATION=activation, M=_ROWS, N=_COLUMNS, CHUNK=_INPUTS[x.dtype],
-            PRECISION=product_precision(x.dtype), num_warps=4, num_stages=3,
+            HAS_BIAS=bias is not None, ACTIVATION=activation, M=n_rows, N=_COLUMNS, CHUNK=_INPUTS[x.dtype],
+            PRECISION=precision, num_warps=4 if n_rows == _ROWS else 8, num_stages=3,
         )  # fmt: skip
     return out
 
 
 @_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype) -> Tensor:
-    return x.new_empty(len(x), len(weight), dtype=out_dtype)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype, by_row: bool) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
 
 
 def linear(
@@ -74,22 +88,26 @@ def linear(
     bias: Tensor | None = None,
     activation: str = "none",
     out_dtype: torch.dtype | None = None,
+    by_row: bool = False,
 ) -> Tensor:
     """``activation(x @ weight.T + bias)``, summed in float32.
 
     Args:
         x: (M, K).
-        weight: (N, K), taken in the dtype of ``x``.
+        weight: (N, K), taken in the dtype of ``x``. For a softmax, N is at most 64.
         bias: (N,).
-        activation: "none", "gelu", "tanh" or "sigmoid".
+        activation: "none", "gelu", "tanh", "sigmoid" or "softmax".
         out_dtype: of the result; that of ``x`` when None.
+        by_row: M is a number of tokens, not of proteins: wants larger tiles.
     """
     if activation not in _PLAIN:
         raise ValueError(f"activation {activation!r} is unknown; choose one of {', '.join(_PLAIN)}")
+    if activation == "softmax" and len(weight) > _COLUMNS:
+        raise ValueError(f"a softmax takes at most {_COLUMNS} columns, got {len(weight)}")
     out_dtype = out_dtype or x.dtype
 
     def fast(x: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor]:
-        return (_linear(x, weight, bias[0] if bias else None, activation, out_dtype),)
+        return (_linear(x, weight, bias[0] if bias else None, activation, out_dtype, by_row),)
 
     def plain(x: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor]:
         return (_PLAIN[activation](F.linear(x, weight, *bias)).to(out_dtype),)
@@ -97,14 +115,19 @@ def linear(
     return recomputed(fast, plain, x, weight, *([] if bias is None else [bias]))[0]
 
 
-def dense(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer, in its dtype or that of autocast."""
-    return linear(x.to(_compute_dtype(x, layer.weight)), layer.weight, layer.bias)
+def head(
+    layer: nn.Linear, x: Tensor, activation: str = "none", out_dtype: torch.dtype | None = None, by_row: bool = False
+) -> Tensor:
+    """A linear layer as ``linear``, computed in its dtype or that of autocast."""
+    return linear(x.to(_compute_dtype(x, layer.weight)), layer.weight, layer.bias, activation, out_dtype, by_row)
 
 
-def broadcast_global(global_state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``reference.broadcast_global``: (B, D) of (B, G)."""
-    return linear(global_state.to(_compute_dtype(global_state, weight)), weight, bias, "gelu")
+def message(global_state: Tensor, weights: MessageWeights) -> Message:
+    """``reference.message`` of the first block; later ones come from the global track. The query is float32."""
+    dtype = _compute_dtype(global_state, weights.query_weight)
+    query = linear(global_state.to(dtype), weights.query_weight, None, "tanh", torch.float32)
+    broadcast = linear(global_state.to(dtype), weights.broadcast_weight, weights.broadcast_bias, "gelu")
+    return Message(query, broadcast)
 
 
 def sum_annotations(annotations: Tensor | tuple[Tensor, Tensor], weight: Tensor) -> Tensor:

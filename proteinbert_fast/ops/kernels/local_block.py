@@ -1,19 +1,28 @@
-"""The local track of one block in one kernel: reads x once or more from the cache, writes the new state once."""
+"""The local track of one block in one kernel: reads x once or more from the cache, writes the new state once.
 
-from typing import NamedTuple
+The first block's x are embedded tokens, so each of its convolutions is a sum of rows of small tables, one row for each
+tap and token: the kernel reads tokens, never their states, and multiplies one-hot rows of 32 instead of rows of D.
+"""
+
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from proteinbert_fast.config import LAYER_NORM_EPS
-from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import gelu, kept_16_bit, layer_norm
-from proteinbert_fast.ops.kernels.launching import capability_of, is_interpreted, product_precision
-from proteinbert_fast.ops.recompute import recomputed
-from proteinbert_fast.ops.reference import LocalBlockWeights
+from proteinbert_fast.ops.kernels.launching import (
+    capability_of,
+    has_matrix_units,
+    is_interpreted,
+    padded,
+    product_precision,
+)
+from proteinbert_fast.ops.reference import Embedded, LocalBlockWeights
 from proteinbert_fast.packing import PackedBatch
 
 CHANNELS = (32, 64, 128, 256)
@@ -40,8 +49,26 @@ class Configuration(NamedTuple):
     chunked_dense: bool
 
 
+class HopperConfiguration(NamedTuple):
+    """How a launch of the kernel in ``local_block_hopper.py`` is cut.
+
+    Attributes:
+        rows: of a tile, at least 64.
+        chunk: input channels per product.
+        warps: per tile, a multiple of 4.
+        stages: chunks of weights in flight.
+        registers: most that a thread may use; None for no bound but the chip's.
+    """
+
+    rows: int
+    chunk: int
+    warps: int
+    stages: int
+    registers: int | None
+
+
 @triton.jit
-def _convolve(
+def convolve(
     total, X, W, rows, n_rows, FIRST_TAP: tl.constexpr, DILATION: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -66,17 +93,38 @@ def _convolve(
 
 
 @triton.jit
+def _look_up(
+    total, TOKENS, TABLES, rows, n_rows, FIRST_TAP: tl.constexpr, DILATION: tl.constexpr, D: tl.constexpr,
+    TAPS: tl.constexpr, SYMBOLS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds a convolution of embedded tokens to ``total`` (M, D), taps in order; TABLES is (taps, SYMBOLS, D)."""
+    columns = tl.arange(0, D)
+    symbols = tl.arange(0, SYMBOLS)
+    for tap in tl.range(0, TAPS, num_stages=STAGES):
+        at = rows + (tap - TAPS // 2) * DILATION
+        token = tl.load(TOKENS + at, mask=at < n_rows, other=SYMBOLS - 1).to(tl.int32)
+        table_row = (FIRST_TAP + tap) * SYMBOLS + symbols
+        table = tl.load(TABLES + table_row[:, None] * D + columns[None, :])
+        one_hot = (token[:, None] == symbols[None, :]).to(table.dtype)
+        total = tl.dot(one_hot, table, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def local_block_kernel(
-    X_TILES, W_TILES, LOCAL_TILES, X, BROADCAST, SEGMENTS, NARROW_BIAS, WIDE_BIAS, NORM1_WEIGHT, NORM1_BIAS,
-    DENSE, DENSE_BIAS, NORM2_WEIGHT, NORM2_BIAS, HIDDEN, LOCAL, first, n_rows,
+    X_TILES, W_TILES, LOCAL_TILES, X, TOKENS, BROADCAST, SEGMENTS, NARROW_BIAS, WIDE_BIAS, NORM1_WEIGHT, NORM1_BIAS,
+    DENSE, DENSE_BIAS, NORM2_WEIGHT, NORM2_BIAS, HIDDEN, LOCAL, NARROW, WIDE, first, n_rows,
     D: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
     STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, KEEP_HIDDEN: tl.constexpr,
-    CHUNKED_DENSE: tl.constexpr, EPSILON: tl.constexpr, KEPT: tl.constexpr,
+    CHUNKED_DENSE: tl.constexpr, EPSILON: tl.constexpr, KEPT: tl.constexpr, SYMBOLS: tl.constexpr,
+    KEEP_RESULTS: tl.constexpr,
 ):  # fmt: skip
     """Rows [first + M * program, ...) of the batch. Gap rows are computed like others and written as zeros.
 
     X_TILES, W_TILES and LOCAL_TILES are descriptors, or pointers again where there are none. W is (2 * TAPS * D, D):
-    the taps of the narrow and then of the wide convolution, each (in, out). DENSE is (out, in).
+    the taps of the narrow and then of the wide convolution, each (in, out). DENSE is (out, in). Where there are
+    SYMBOLS, X holds the states of that many tokens, and W_TILES points to their products with each tap,
+    (2 * TAPS, SYMBOLS, D). NARROW and WIDE, where wanted, take the convolutions' results.
     """
     dtype = X.dtype.element_ty
     PRECISE: tl.constexpr = dtype == tl.float32
@@ -91,19 +139,32 @@ def local_block_kernel(
     inside = (segment >= 0)[:, None]
 
     total = tl.broadcast_to(tl.load(NARROW_BIAS + columns).to(tl.float32)[None, :], (M, D))
-    total = _convolve(
-        total, X_TILES, W_TILES, start, n_rows, 0, 1, D, TAPS, CHUNK, STAGES, DESCRIPTORS, PRECISION
-    )  # fmt: skip
-    merged = gelu(total, PRECISE) + tl.load(X + at, mask=in_batch[:, None], other=0.0).to(tl.float32)
+    if SYMBOLS:
+        total = _look_up(total, TOKENS, W_TILES, rows, n_rows, 0, 1, D, TAPS, SYMBOLS, STAGES, PRECISION)
+        token = tl.load(TOKENS + rows, mask=in_batch, other=SYMBOLS - 1).to(tl.int32)
+        x = tl.load(X + token[:, None] * D + columns[None, :])
+    else:
+        total = convolve(
+            total, X_TILES, W_TILES, start, n_rows, 0, 1, D, TAPS, CHUNK, STAGES, DESCRIPTORS, PRECISION
+        )  # fmt: skip
+        x = tl.load(X + at, mask=in_batch[:, None], other=0.0)
+    if KEEP_RESULTS:
+        tl.store(NARROW + at, total.to(dtype), mask=in_batch[:, None])
+    merged = gelu(total, PRECISE) + x.to(tl.float32)
     word = BROADCAST + tl.maximum(segment, 0).to(tl.int64)[:, None] * D + columns[None, :]
     merged += tl.load(word, mask=inside, other=0.0).to(tl.float32)
     if KEPT:
         # Half the registers during the second loop. float16 has the bits to spare for sums of this size.
         merged_16 = kept_16_bit(merged.to(tl.float16))
     total = tl.broadcast_to(tl.load(WIDE_BIAS + columns).to(tl.float32)[None, :], (M, D))
-    total = _convolve(
-        total, X_TILES, W_TILES, start, n_rows, TAPS, DILATION, D, TAPS, CHUNK, STAGES, DESCRIPTORS, PRECISION
-    )  # fmt: skip
+    if SYMBOLS:
+        total = _look_up(total, TOKENS, W_TILES, rows, n_rows, TAPS, DILATION, D, TAPS, SYMBOLS, STAGES, PRECISION)
+    else:
+        total = convolve(
+            total, X_TILES, W_TILES, start, n_rows, TAPS, DILATION, D, TAPS, CHUNK, STAGES, DESCRIPTORS, PRECISION
+        )  # fmt: skip
+    if KEEP_RESULTS:
+        tl.store(WIDE + at, total.to(dtype), mask=in_batch[:, None])
     if KEPT:
         merged = merged_16.to(tl.float32)
     hidden = layer_norm(
@@ -138,117 +199,246 @@ def local_block_kernel(
         tl.store(LOCAL + at, local, mask=in_batch[:, None])
 
 
-def configuration(capability: int, channels: int, dtype: torch.dtype) -> Configuration:
+def configuration(capability: int, channels: int, dtype: torch.dtype, precision: str = "ieee") -> Configuration:
     """The tuned one of this machine, or the shipped one for a device.
 
     Args:
         capability: 80 for 8.0; 0 in the interpreter.
         channels: D.
         dtype: of the states.
+        precision: "tf32" or "ieee", of float32 products.
     """
-    if (tuned := tuning.lookup("local_block", Configuration, capability, channels, dtype)) is not None:
+    if (tuned := tuning.lookup("local_block", Configuration, capability, channels, dtype, precision)) is not None:
         return tuned
     wide = channels > 128
     if capability == 0:  # Time in the interpreter goes by the number of operations, not by their sizes.
         return Configuration(64, 32, 4, 2, False, dtype == torch.float32)
-    if dtype == torch.float32 or capability < 80:
+    if not has_matrix_units(capability, dtype, precision):
         return Configuration(16, 16, 4 if not wide else 8, 2, False, True)
+    if dtype == torch.float32:
+        return Configuration(64 if not wide else 32, 16, 8, 2, False, True)
     if capability >= 90:
         return Configuration(128 if not wide else 64, min(channels, 64), 8, 3, True, False)
     return Configuration(64, min(channels, 32), 4 if not wide else 8, 3, False, False)
 
 
+def portable_because(
+    capability: int, channels: int, dtype: torch.dtype, taps: int = 9, wide_dilation: int = 5, gap: int = 20
+) -> str | None:
+    """Why the kernel of this file runs a block, or None where that of ``local_block_hopper.py`` does.
+
+    Args:
+        capability: 90 for 9.0; 0 in the interpreter.
+        channels: D.
+        dtype: of the states.
+        taps: of both convolutions.
+        wide_dilation: rows between the taps of the wide one.
+        gap: zero rows before the first protein.
+    """
+    if capability == 0:
+        return "Triton's interpreter does not know Gluon"
+    if capability != 90:
+        return f"the compute capability is {capability / 10}, not 9.0"
+    try:
+        from proteinbert_fast.ops.kernels import local_block_hopper
+    except ImportError as error:
+        return f"triton {triton.__version__} has another Gluon: {error}"
+    return local_block_hopper.unsupported(channels, dtype, taps, wide_dilation, gap)
+
+
+def implementation(
+    capability: int, channels: int, dtype: torch.dtype, taps: int = 9, wide_dilation: int = 5, gap: int = 20
+) -> str:
+    """Which kernel runs a block and why, in words; the arguments are those of ``portable_because``."""
+    reason = portable_because(capability, channels, dtype, taps, wide_dilation, gap)
+    return f"portable ({reason})" if reason else "hopper (the tile of x stays in shared memory)"
+
+
 @torch.library.custom_op("proteinbert_fast::local_block", mutates_args=())
 def _local_block(
-    x: Tensor, broadcast: Tensor, segments: Tensor, weights: list[Tensor],
-    gap: int, wide_dilation: int, keep_hidden: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return launch(x, broadcast, segments, weights, gap, wide_dilation, keep_hidden, None)
+    x: Tensor, tokens: Tensor | None, broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor,
+    weights: list[Tensor], gap: int, wide_dilation: int, longest: int, keep_hidden: bool, keep_results: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return launch(x, tokens, broadcast, segments, weights, gap, wide_dilation, keep_hidden, keep_results, None)
 
 
 @_local_block.register_fake
 def _(
-    x: Tensor, broadcast: Tensor, segments: Tensor, weights: list[Tensor],
-    gap: int, wide_dilation: int, keep_hidden: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return x.new_empty(x.shape if keep_hidden else (0, x.shape[1])), torch.empty_like(x)
+    x: Tensor, tokens: Tensor | None, broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor,
+    weights: list[Tensor], gap: int, wide_dilation: int, longest: int, keep_hidden: bool, keep_results: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shape, nothing = (segments.shape[0], x.shape[1]), (0, x.shape[1])
+    hidden, results = (shape if keep_hidden else nothing), (shape if keep_results else nothing)
+    return x.new_empty(hidden), x.new_empty(shape), x.new_empty(results), x.new_empty(results)
+
+
+@torch.library.custom_op("proteinbert_fast::local_block_backward", mutates_args=())
+def _local_block_backward(
+    d_local: Tensor, d_hidden: Tensor | None, x: Tensor, tokens: Tensor | None, narrow: Tensor, wide: Tensor,
+    broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor, weights: list[Tensor],
+    gap: int, wide_dilation: int, longest: int,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    from proteinbert_fast.ops.kernels import local_block_backward
+
+    was_saved = len(narrow) > 0
+    if not was_saved:
+        _, _, narrow, wide = launch(x, tokens, broadcast, segments, weights, gap, wide_dilation, False, True, None)
+    found = local_block_backward.launch(
+        d_local, d_hidden, x, tokens, narrow, wide, broadcast, segments, starts, lengths, longest,
+        LocalBlockWeights(*weights), gap, wide_dilation, overwrite=not was_saved,
+    )  # fmt: skip
+    return found.x, found.broadcast, found.weights
+
+
+@_local_block_backward.register_fake
+def _(
+    d_local: Tensor, d_hidden: Tensor | None, x: Tensor, tokens: Tensor | None, narrow: Tensor, wide: Tensor,
+    broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor, weights: list[Tensor],
+    gap: int, wide_dilation: int, longest: int,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    return torch.empty_like(x), torch.empty_like(broadcast), [torch.empty_like(w) for w in weights]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, tokens, broadcast, segments, starts, lengths, weights, *sizes, _, _ = inputs
+    ctx.sizes = sizes
+    ctx.save_for_backward(x, tokens, broadcast, segments, starts, lengths, output[2], output[3], *weights)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_hidden: Tensor | None, d_local: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    x, tokens, broadcast, segments, starts, lengths, narrow, wide, *weights = ctx.saved_tensors
+    if d_hidden is not None and not len(d_hidden):
+        d_hidden = None
+    if d_local is None:
+        d_local = x.new_zeros(segments.shape[0], x.shape[1])
+    d_x, d_broadcast, d_weights = _local_block_backward(
+        d_local, d_hidden, x, tokens, narrow, wide, broadcast, segments, starts, lengths, weights, *ctx.sizes
+    )
+    return d_x, None, d_broadcast, None, None, None, d_weights, *([None] * 5)
+
+
+_local_block.register_autograd(_backward, setup_context=_save)
 
 
 def launch(
     x: Tensor,
+    tokens: Tensor | None,
     broadcast: Tensor,
     segments: Tensor,
     weights: list[Tensor],
     gap: int,
     wide_dilation: int,
     keep_hidden: bool,
-    chosen: Configuration | None,
-) -> tuple[Tensor, Tensor]:
-    """Runs the kernel; as the operator, with a configuration to choose (the shipped one when None)."""
-    x = x.contiguous()
+    keep_results: bool,
+    chosen: Configuration | HopperConfiguration | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Runs the kernel; as the operator, with a configuration to choose (the shipped one when None).
+
+    The configuration's type says which kernel: a HopperConfiguration that of ``local_block_hopper.py``, which takes
+    states only.
+
+    Args:
+        x: (R, D) states; or (26, D), those of each token.
+        tokens: (R,) uint8, or None where ``x`` has the states.
+        broadcast: (B, D).
+        segments: (R,) int32.
+        weights: those of LocalBlockWeights.
+        gap: rows before the first protein.
+        wide_dilation: rows between the taps of the wide convolution.
+        keep_hidden: also give the states after the first norm.
+        keep_results: also give both convolutions' results.
+        chosen: how to cut the launch.
+
+    Returns:
+        Hidden states, new states, and the results of the narrow and the wide convolution, each (R, D), or (0, D) where
+        not asked for.
+    """
+    c: Configuration | HopperConfiguration
     w = LocalBlockWeights(*weights)
-    n_rows, channels = x.shape
-    c = chosen or configuration(capability_of(x), channels, x.dtype)
+    n_rows, channels, dtype = len(segments), x.shape[1], x.dtype
+    precision, capability = product_precision(dtype), capability_of(x)
+    if chosen is not None:
+        c = chosen
+    elif (
+        tokens is not None
+        or keep_results
+        or portable_because(capability, channels, dtype, w.narrow_weight.shape[-1], wide_dilation, gap)
+    ):
+        c = configuration(capability, channels, dtype, precision)
+    else:
+        from proteinbert_fast.ops.kernels import local_block_hopper
+
+        c = local_block_hopper.configuration(channels, dtype)
+    if isinstance(c, HopperConfiguration):
+        from proteinbert_fast.ops.kernels import local_block_hopper
+
+        nothing = x.new_empty(0, channels)
+        states = local_block_hopper.launch(x.contiguous(), broadcast, segments, w, gap, wide_dilation, keep_hidden, c)
+        return *states, nothing, nothing
     # (out, in, taps) to (taps, in, out), narrow above wide: a tile of it is what a product takes.
-    taps = torch.cat([w.narrow_weight.permute(2, 1, 0), w.wide_weight.permute(2, 1, 0)]).to(x.dtype)
-    taps = taps.reshape(-1, channels)
-    hidden = torch.empty_like(x) if keep_hidden or c.chunked_dense else x.new_empty(0, channels)
-    local = torch.empty_like(x)
+    taps = torch.cat([w.narrow_weight.permute(2, 1, 0), w.wide_weight.permute(2, 1, 0)]).to(dtype)
+    symbols = 0
+    if tokens is None:
+        x, taps = x.contiguous(), taps.reshape(-1, channels)
+    else:
+        # A gap row's token is the first beyond the vocabulary: its states, and those of all others, are zeros.
+        symbols = padded(len(x) + 1, 32)
+        x = F.pad(x, (0, 0, 0, symbols - len(x)))
+        taps = torch.matmul(x, taps)
+    hidden = x.new_empty(n_rows if keep_hidden or c.chunked_dense else 0, channels)
+    local = x.new_empty(n_rows, channels)
+    narrow, wide = (x.new_empty(n_rows if keep_results else 0, channels) for _ in range(2))
     local[:gap] = 0
     if keep_hidden:
         hidden[:gap] = 0
-    tiles: tuple[object, object, object] = (x, taps, local)
+    tiles: list[object] = [x, taps, local]
     if c.descriptors:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        tiles = (
-            TensorDescriptor.from_tensor(x, [c.rows, c.chunk]),
-            TensorDescriptor.from_tensor(taps, [c.chunk, channels]),
-            TensorDescriptor.from_tensor(local, [c.rows, channels]),
-        )
+        tiles[2] = TensorDescriptor.from_tensor(local, [c.rows, channels])
+        if tokens is None:
+            tiles[0] = TensorDescriptor.from_tensor(x, [c.rows, c.chunk])
+            tiles[1] = TensorDescriptor.from_tensor(taps, [c.chunk, channels])
     local_block_kernel[(triton.cdiv(n_rows - gap, c.rows),)](
-        *tiles, x, broadcast.contiguous(), segments, w.narrow_bias, w.wide_bias, w.norm1_weight, w.norm1_bias,
-        w.dense_weight.to(x.dtype).contiguous(), w.dense_bias, w.norm2_weight, w.norm2_bias, hidden, local, gap, n_rows,
+        *tiles, x, segments if tokens is None else tokens, broadcast.contiguous(), segments, w.narrow_bias, w.wide_bias,
+        w.norm1_weight, w.norm1_bias, w.dense_weight.to(dtype).contiguous(), w.dense_bias, w.norm2_weight, w.norm2_bias,
+        hidden, local, narrow, wide, gap, n_rows,
         D=channels, TAPS=w.narrow_weight.shape[-1], DILATION=wide_dilation, M=c.rows, CHUNK=min(c.chunk, channels),
-        STAGES=c.stages, DESCRIPTORS=c.descriptors, PRECISION=product_precision(x.dtype), KEEP_HIDDEN=keep_hidden,
-        CHUNKED_DENSE=c.chunked_dense,
-        EPSILON=LAYER_NORM_EPS, KEPT=x.dtype != torch.float32 and not is_interpreted(),
-        num_warps=c.warps, num_stages=c.stages,
+        STAGES=c.stages, DESCRIPTORS=c.descriptors, PRECISION=precision, KEEP_HIDDEN=keep_hidden,
+        CHUNKED_DENSE=c.chunked_dense, EPSILON=LAYER_NORM_EPS, KEPT=dtype != torch.float32 and not is_interpreted(),
+        SYMBOLS=symbols, KEEP_RESULTS=keep_results, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
-    return hidden if keep_hidden else x.new_empty(0, channels), local
+    return hidden if keep_hidden else x.new_empty(0, channels), local, narrow, wide
 
 
 def local_block(
-    x: Tensor,
+    x: Tensor | Embedded,
     broadcast: Tensor,
     batch: PackedBatch,
     weights: LocalBlockWeights,
     wide_dilation: int,
     keep_hidden: bool = False,
+    save: Literal["preactivations", "inputs"] = "preactivations",
 ) -> tuple[Tensor | None, Tensor]:
     """``reference.local_block`` in one kernel.
 
     Args:
-        x: (R, D), zeros in gap rows; D is one of CHANNELS.
+        x: (R, D), zeros in gap rows; or the tokens that have these states. D is one of CHANNELS.
         broadcast: (B, D).
         batch: the packed layout.
         weights: the block's parameters; products take them in the dtype of ``x``.
         wide_dilation: rows between the taps of the wide convolution.
         keep_hidden: also return the states after the first norm.
+        save: what the backward pass finds: both convolutions' results and ``x``, or ``x`` alone.
 
     Returns:
         The hidden states (R, D) or None, and the new local states (R, D).
     """
-    segments = batch.segments
-
-    def fast(x: Tensor, broadcast: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = _local_block(
-            x, broadcast, segments, list(weights), batch.gap, wide_dilation, keep_hidden
-        )
-        return result
-
-    def plain(x: Tensor, broadcast: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        return reference.local_block(x, broadcast, segments, LocalBlockWeights(*weights), wide_dilation)
-
-    hidden, local = recomputed(fast, plain, x, broadcast, *weights)
+    tokens, states = (x.tokens, x.weight) if isinstance(x, Embedded) else (None, x)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (states, broadcast, *weights))
+    hidden, local, _, _ = _local_block(
+        states, tokens, broadcast, batch.segments, batch.starts, batch.lengths, list(weights), batch.gap, wide_dilation,
+        batch.longest, keep_hidden, wanted and save == "preactivations",
+    )  # fmt: skip
     return (hidden if keep_hidden else None), local

@@ -49,7 +49,7 @@ class Table:
     path: Path
     date: str
     capability: int
-    configurations: Mapping[str, Mapping[str, int | bool]]
+    configurations: Mapping[str, Mapping[str, int | bool | None]]
 
 
 class Unusable(Exception):
@@ -62,9 +62,10 @@ _tables: dict[int, Table | None] = {}
 _forced: list[Mapping[str, tuple[Any, ...]] | None] = []
 
 
-def key_of(kernel: str, dtype: torch.dtype, channels: int) -> str:
-    """The name of an entry: "local_block/bfloat16/128"."""
-    return f"{kernel}/{str(dtype).removeprefix('torch.')}/{channels}"
+def key_of(kernel: str, dtype: torch.dtype, channels: int, precision: str = "ieee") -> str:
+    """The name of an entry: "local_block/bfloat16/128"; "tf32" stands for float32 with products in TF32."""
+    name = "tf32" if precision == "tf32" else str(dtype).removeprefix("torch.")
+    return f"{kernel}/{name}/{channels}"
 
 
 def machine_of(index: int) -> Machine:
@@ -102,7 +103,8 @@ def read(path: Path, machine: Machine) -> Table:
 
 def _is_configuration(fields: Any) -> bool:
     return isinstance(fields, dict) and all(
-        isinstance(value, bool) or (isinstance(value, int) and 0 <= value <= 4096) for value in fields.values()
+        value is None or isinstance(value, bool) or (isinstance(value, int) and 0 <= value <= 4096)
+        for value in fields.values()
     )
 
 
@@ -135,7 +137,9 @@ def using(configurations: Mapping[str, tuple[Any, ...]] | None) -> Iterator[None
         _forced.pop()
 
 
-def lookup(kernel: str, kind: type[Chosen], capability: int, channels: int, dtype: torch.dtype) -> Chosen | None:
+def lookup(
+    kernel: str, kind: type[Chosen], capability: int, channels: int, dtype: torch.dtype, precision: str = "ieee"
+) -> Chosen | None:
     """The configuration to use instead of the shipped one, or None.
 
     Args:
@@ -144,6 +148,7 @@ def lookup(kernel: str, kind: type[Chosen], capability: int, channels: int, dtyp
         capability: of the GPU that the shipped one would be for; 0 in the interpreter, which has no table.
         channels: D.
         dtype: of the states.
+        precision: "tf32" or "ieee", of float32 products.
     """
     if _forced:
         forced = None if _forced[-1] is None else _forced[-1].get(kernel)
@@ -154,7 +159,7 @@ def lookup(kernel: str, kind: type[Chosen], capability: int, channels: int, dtyp
     found = table(index)
     if found is None or found.capability != capability:
         return None
-    fields = found.configurations.get(key_of(kernel, dtype, channels))
+    fields = found.configurations.get(key_of(kernel, dtype, channels, precision))
     if fields is None:
         return None
     names: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]

@@ -18,7 +18,6 @@ from proteinbert_fast.benchmark.competitors import (
 from proteinbert_fast.benchmark.gpu.bench import Bench
 from proteinbert_fast.benchmark.gpu.precision import Precision
 from proteinbert_fast.benchmark.gpu.sections.kernels import forward_prediction
-from proteinbert_fast.benchmark.gpu.sections.latency import Forward, graphed
 from proteinbert_fast.benchmark.gpu.sections.machine import matrix_probes
 from proteinbert_fast.benchmark.setup import OURS, PLAIN, States
 from proteinbert_fast.benchmark.timing import Row, Target, percentiles
@@ -131,26 +130,29 @@ def ours(bench: Bench, chosen: Sample, precision: Precision, in_graph: bool = Fa
 
     def prepare() -> Ready[OursResult]:
         model: Any = bench.model(precision.name)
-        if in_graph and not bench.on_gpu:
-            graphed(model)
-            raise Unavailable("graphs need a GPU")
         rows_per_batch, batches = _ours_batches(bench, chosen, precision)
-        forwards: list[Forward] = [graphed(model) if in_graph else model for _ in batches]
-
-        def run() -> OursResult:
-            with torch.inference_mode(), precision.active():
-                return [(numbers, ask(batch)) for ask, (numbers, batch) in zip(forwards, batches, strict=True)]
 
         def check(result: OursResult) -> Check:
             return bench.setup.check(bench.states(result), precision.name)
 
+        def run() -> OursResult:
+            with torch.inference_mode(), precision.active():
+                return [(numbers, model(batch)) for numbers, batch in batches]
+
         note = f"{len(batches)} batches of {rows_per_batch:,} rows at most; layout computed before"
+        if in_graph:
+            if not bench.on_gpu:
+                raise Unavailable("graphs need a GPU")
+            captured, how = bench.captured(run)
+            if captured is run:
+                raise Unavailable(how)
+            return Ready(captured, check, f"{note}; all batches {how}")
         return Ready(run, check, note)
 
     return Case(
         table=table,
         name="ours, CUDA graph" if in_graph else "ours",
-        what="ProteinBert on packed batches" + (", proteinbert_fast.graphs" if in_graph else ""),
+        what="ProteinBert on packed batches",
         owner=OURS,
         ours=True,
         work=work(bench, chosen),

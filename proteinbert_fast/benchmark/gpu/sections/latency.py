@@ -74,7 +74,6 @@ def _case(bench: Bench, precision: Precision, in_graph: bool) -> Case:
     def prepare() -> Ready[ProteinBertOutput]:
         model: Any = bench.model(precision.name)
         if in_graph and not bench.on_gpu:
-            graphed(model)
             raise Unavailable("graphs need a GPU")
         forward: Forward = graphed(model) if in_graph else model
         tokenizer = Tokenizer(gap=bench.settings.config.reach)

@@ -1,0 +1,154 @@
+"""Gradients of every kernel against float64 autograd of the reference: dtypes, widths, odd lengths, poisoned memory."""
+
+import sys
+
+import pytest
+import torch
+
+from proteinbert_fast.ops import backends, kernels
+from proteinbert_fast.ops.kernels.launching import DTYPES
+from proteinbert_fast.ops.reference import Embedded, Message
+
+from .conftest import IS_INTERPRETED
+from .test_operations import Case, config_of
+
+# Of the largest number of each gradient. float32: rounding in sums of a thousand terms and more. The others: states and
+# the gradients on the way are rounded to 8 or 11 bits a few times over; sums are kept in float32.
+TOLERANCE = {torch.float32: 4e-5, torch.bfloat16: 0.06, torch.float16: 0.008}
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def gradients(case: Case, operations, block, dtype, *, is_last=False, save="preactivations", first_only=False):
+    """Of a sum of everything that two local blocks, the first from tokens, and a global track give."""
+    batch = case.batch
+    parts = (case.embedded.weight, case.word, case.state, case.message.query)
+    leaves = [t.detach().to(dtype if i < 3 else max(dtype, torch.float32, key=lambda d: d.itemsize)).requires_grad_()
+              for i, t in enumerate(parts)]  # fmt: skip
+    table, word, state, query = leaves
+    block.zero_grad()
+    weights, following = block.local_weights(), None if is_last else block.message_weights()
+    embedded = Embedded(batch.tokens, table)
+    hidden, local = operations.local_block(embedded, word, batch, weights, 5, True, save)
+    made = [hidden, local]
+    if not first_only:
+        hidden, local = operations.local_block(local, word, batch, weights, 5, True, save)
+        message = Message(query, word)
+        track = operations.global_track(
+            local, state, message, batch, block.global_weights(), following, case.config.n_heads
+        )
+        made += [hidden, local, track.hidden, track.global_state, *(track.message or ())]
+        if is_last:
+            made.append(operations.residue_mean(local, batch) if track.residue_mean is None else track.residue_mean)
+    generator = torch.Generator().manual_seed(1)
+    looked_at = [torch.randn(m.shape, dtype=torch.float64, generator=generator).to(m.device) for m in made]
+    # Numbers that 16 bits can hold exactly, so that both sides start from the same.
+    sum((m * seen.bfloat16().to(m.dtype)).sum() for m, seen in zip(made, looked_at, strict=True)).backward()
+    named = {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
+    return named | {n: t.grad for n, t in zip(("table", "word", "state", "query"), leaves, strict=True)}
+
+
+def check(case: Case, **options) -> None:
+    dtype = case.x.dtype
+    ours = gradients(case, backends._triton(), case.block, dtype, **options)
+    exact = gradients(case, backends.REFERENCE, case.exact, torch.float64, **options)
+    wanted = {name for name, g in exact.items() if g is not None}
+    assert {name for name, g in ours.items() if g is not None} == wanted
+    for name in wanted:
+        size = exact[name].abs().max().clamp(min=1e-12)
+        error = float(((ours[name].double() - exact[name]) / size).abs().max())
+        assert error <= TOLERANCE[dtype], f"{name} is off by {error:.1e} of its largest"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residues", [(0,), (13, 0, 7), (126, 31), (520, 1)], ids=str)
+@pytest.mark.parametrize("is_last", [False, True], ids=["inner", "last"])
+def test_equal_the_reference(residues, dtype, is_last, device):
+    check(Case(config_of(64 if sum(residues) > 100 else 32), residues, dtype, device), is_last=is_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d_local", [128, 256])
+def test_wide_states(d_local, dtype, device):
+    check(Case(config_of(d_local), (70, 3), dtype, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_no_worse_than_the_plain_operations_in_16_bits(dtype, device):
+    case = Case(config_of(64), (150, 40), dtype, device)
+    exact = gradients(case, backends.REFERENCE, case.exact, torch.float64)
+    plain = gradients(case, backends.REFERENCE, case.block, dtype)
+    errors = []
+    plain = {name: (g.double() - exact[name]).square().mean().sqrt() for name, g in plain.items()}
+    ours = gradients(case, backends._triton(), case.block, dtype)
+    for name, g in ours.items():
+        errors.append(float((g.double() - exact[name]).square().mean().sqrt() / plain[name]))
+        assert errors[-1] <= 2, f"{name}: {errors[-1]:.2f} times the error of the plain operations"
+    assert sorted(errors)[len(errors) // 2] <= 1.3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saving_inputs_alone_gives_the_same_bits(dtype, device):
+    case = Case(config_of(32), (70, 3), dtype, device)
+    kept = gradients(case, backends._triton(), case.block, dtype)
+    kept = {name: g.clone() for name, g in kept.items()}
+    computed = gradients(case, backends._triton(), case.block, dtype, save="inputs")
+    assert kept.keys() == computed.keys()
+    for name, gradient in kept.items():
+        assert torch.equal(gradient, computed[name]), name
+
+
+def test_long_proteins_are_added_up_in_rounds(monkeypatch, device):
+    for name in ("global_attention", "global_track", "protein_sums", "global_attention_backward"):
+        __import__(f"proteinbert_fast.ops.kernels.{name}")
+        monkeypatch.setattr(sys.modules[f"proteinbert_fast.ops.kernels.{name}"], "SPAN", 16)
+    monkeypatch.setattr(sys.modules["proteinbert_fast.ops.kernels.global_attention"], "SPANS_AT_ONCE", 3)
+    for is_last in (False, True):
+        check(Case(config_of(32), (400, 20, 60, 0), torch.float32, device), is_last=is_last)
+
+
+def test_what_needs_no_gradient_gets_none(device):
+    case = Case(config_of(32), (5, 40), torch.float32, device)
+    case.block.requires_grad_(False)
+    word = case.word.clone().requires_grad_()
+    _, local = kernels.local_block(case.x, word, case.batch, case.block.local_weights(), 5)
+    local.sum().backward()
+    assert word.grad is not None
+    assert all(p.grad is None for p in case.block.parameters())
+
+
+def test_twice_through_one_module_and_twice_backward(device):
+    case = Case(config_of(32), (5, 40), torch.float32, device)
+    weights = case.block.local_weights()
+    _, once = kernels.local_block(case.embedded, case.word, case.batch, weights, 5)
+    _, twice = kernels.local_block(once, case.word, case.batch, weights, 5)
+    twice.square().sum().backward(retain_graph=True)
+    first = case.block.narrow_conv.weight.grad.clone()
+    twice.square().sum().backward()
+    torch.testing.assert_close(case.block.narrow_conv.weight.grad, 2 * first)
+
+
+def test_attention_weights_have_gradients_too(device):
+    case = Case(config_of(32), (5, 40), torch.float32, device)
+    for operations, block in ((backends._triton(), case.block), (backends.REFERENCE, case.exact)):
+        block.zero_grad()
+        dtype = block.key.weight.dtype
+        message = Message(case.message.query.to(dtype), case.word.to(dtype))
+        x = case.x.to(dtype)
+        track = operations.global_track(
+            x, case.state.to(dtype), message, case.batch, block.global_weights(), None, 2, True
+        )
+        (track.attention.square().sum() + track.global_state.sum()).backward()
+    right = case.exact.key.weight.grad
+    torch.testing.assert_close(case.block.key.weight.grad.double(), right, atol=2e-5 * float(right.abs().max()), rtol=0)
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="needs a GPU: the interpreter has one program at a time")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_in_every_run(dtype, device):
+    case = Case(config_of(128), (700, 3, 2000, 41), dtype, device)
+    kept = gradients(case, backends._triton(), case.block, dtype)
+    kept = {name: g.clone() for name, g in kept.items()}
+    for _ in range(3):
+        again = gradients(case, backends._triton(), case.block, dtype)
+        for name, gradient in kept.items():
+            assert torch.equal(gradient, again[name]), name

@@ -1,0 +1,89 @@
+"""Which back end is chosen, and that a slower choice is said, once."""
+
+import warnings
+
+import pytest
+import torch
+
+from proteinbert_fast import ProteinBert, ProteinBertConfig, self_check
+from proteinbert_fast.errors import BackendError
+from proteinbert_fast.ops import backends
+
+CONFIG = ProteinBertConfig(n_annotations=5)
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Nothing has been said or checked yet."""
+    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(self_check, "_complaints", {})
+
+
+@pytest.mark.usefixtures("fresh")
+def test_auto_says_once_why_a_gpu_runs_the_plain_operations(monkeypatch):
+    monkeypatch.setattr(backends, "_no_triton", lambda *_: "d_local is 48, not one of 32, 64, 128, 256")
+    with pytest.warns(RuntimeWarning, match="plain operations run, slower.*: d_local is 48") as said:
+        choice = backends.choose("auto", GPU, CONFIG, torch.float32)
+    assert choice.operations is backends.REFERENCE
+    assert "d_local is 48" in choice.reason
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backends.choose("auto", GPU, CONFIG, torch.float32)
+    monkeypatch.setattr(backends, "check_backend", lambda _: None)
+    with pytest.raises(BackendError, match="backend 'triton' cannot run this: d_local is 48"):
+        backends.choose("triton", GPU, CONFIG, torch.float32)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    ("difference", "says"),
+    [
+        (lambda *_: 1.5, "results are off by 1.5e\\+00, allowed 0.0002"),
+        (lambda *_: float("nan"), "results are off by nan"),
+        (lambda *_: exec("raise RuntimeError('ptxas\\n died')"), "RuntimeError: ptxas died"),
+    ],
+)
+def test_kernels_that_fail_their_self_check_are_not_used(monkeypatch, difference, says):
+    monkeypatch.setattr(backends, "_is_gpu", lambda _: True)
+    monkeypatch.setattr(backends, "_no_triton", lambda *_: None)
+    fake = backends.Operations(**{**vars(backends.REFERENCE), "name": "triton"})
+    monkeypatch.setattr(backends, "_triton", lambda: fake)
+    monkeypatch.setattr(self_check, "difference", difference)
+    model = ProteinBert(CONFIG)
+    with pytest.warns(RuntimeWarning, match=says) as said:
+        report = model.backend_report()
+    assert report.startswith("reference (the Triton kernels fail their self-check: ")
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model._choose().operations is backends.REFERENCE
+
+
+@pytest.mark.usefixtures("fresh")
+def test_kernels_that_pass_are_used_and_checked_once_for_each_dtype(monkeypatch):
+    monkeypatch.setattr(backends, "_is_gpu", lambda _: True)
+    monkeypatch.setattr(backends, "_no_triton", lambda *_: None)
+    fake = backends.Operations(**{**vars(backends.REFERENCE), "name": "triton"})
+    monkeypatch.setattr(backends, "_triton", lambda: fake)
+    checked = []
+    monkeypatch.setattr(self_check, "difference", lambda *kind: checked.append(kind) or 0.0)
+    model = ProteinBert(CONFIG)
+    for _ in range(2):
+        assert model.backend_report() == "triton (the device is a CUDA GPU, and sizes and dtype fit)"
+    model.bfloat16().backend_report()
+    assert [dtype for _, _, dtype in checked] == [torch.float32, torch.bfloat16]
+
+
+def test_the_check_itself_sees_a_wrong_back_end(monkeypatch):
+    exact = self_check.difference(torch.device("cpu"), CONFIG, torch.float32, backend="cpu")
+    assert exact < self_check.TOLERANCES[torch.float32]
+    right = backends.CPU.global_track
+
+    def wrong(local, global_state, *rest):
+        track = right(local, global_state, *rest)
+        return track._replace(global_state=track.global_state + 0.01)
+
+    monkeypatch.setattr(backends, "CPU", backends.Operations(**{**vars(backends.CPU), "global_track": wrong}))
+    assert self_check.difference(torch.device("cpu"), CONFIG, torch.float32, backend="cpu") > 0.005
