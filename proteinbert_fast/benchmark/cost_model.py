@@ -171,21 +171,26 @@ class Size:
     itemsize: int
 
 
-def local_block(config: ProteinBertConfig, size: Size, tile_rows: int, keep_hidden: bool = False) -> Cost:
+def local_block(
+    config: ProteinBertConfig, size: Size, tile_rows: int, keep_hidden: bool = False, tile_stays: bool = False
+) -> Cost:
     """Both convolutions, dense layer, three GELUs, two norms. Gap rows are computed like others.
 
-    ``flops`` counts tokens only, as everywhere: gap rows are overhead, and show as a lower fraction of the peak.
+    Where ``tile_stays``, a tile of rows and its neighbours on both sides are read once and stay in shared memory, as in
+    the kernel for Hopper. ``flops`` counts tokens only, as everywhere: gap rows are overhead, and show as a lower
+    fraction of the peak.
     """
     d, s, products = config.d_local, size.itemsize, 2 * config.kernel_size + 1
     row = d * s
     states = 2 + keep_hidden  # read once, written once
     weights = products * d * d * s
     numbers = size.rows * d
+    reads = 1 + 2 * config.reach / tile_rows if tile_stays else 2 * config.kernel_size + 1
     return Cost(
         flops=2.0 * size.tokens * products * d * d,
         hbm_bytes=size.rows * (states * row + 4) + size.proteins * row + weights,
         # A tile per tap, the residual, the broadcast, the stores; and the weights for each tile.
-        l2_bytes=size.rows * (2 * config.kernel_size + 1 + states) * row + size.rows / tile_rows * weights,
+        l2_bytes=size.rows * (reads + states) * row + size.rows / tile_rows * weights,
         instructions=numbers * (3 * GELU + 2 * LAYER_NORM + 3 * MOVE),
         special=numbers * 3 * GELU_SPECIAL,
     )
@@ -317,14 +322,14 @@ def block(config: ProteinBertConfig, size: Size, tile_rows: int) -> Cost:
 
 
 def forward_seconds(
-    config: ProteinBertConfig, size: Size, tile_rows: int, peaks: Peaks, precision: str
+    config: ProteinBertConfig, size: Size, tile_rows: int, peaks: Peaks, precision: str, tile_stays: bool = False
 ) -> dict[Bound, float]:
     """Least seconds of a forward pass over a batch, by what bounds them; their sum is the prediction.
 
     Kernels run one after another, so their times add up. What is done once per protein is left out.
     """
     spent: dict[Bound, float] = {"matrix": 0.0, "HBM": 0.0, "L2": 0.0, "instructions": 0.0}
-    for cost in (local_block(config, size, tile_rows), span_sums(config, size)):
+    for cost in (local_block(config, size, tile_rows, tile_stays=tile_stays), span_sums(config, size)):
         times = cost.times(peaks, precision)
         spent[times.bound_by] += config.n_blocks * times.least
     return spent

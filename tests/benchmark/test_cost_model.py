@@ -39,6 +39,13 @@ def test_bytes_of_a_local_block():
     assert kept.hbm_bytes - cost.hbm_bytes == kept.l2_bytes - cost.l2_bytes == 256
 
 
+def test_a_tile_that_stays_is_read_once_with_its_neighbours():
+    size = Size(tokens=128_000, rows=128_000, proteins=0, spans=0, itemsize=2)
+    cost = cost_model.local_block(CONFIG, size, 128, tile_stays=True) * (1 / size.rows)
+    # 168 rows for 128; broadcast and store; 19 matrices.
+    assert cost.l2_bytes == 168 / 128 * 256 + 2 * 256 + 19 * 32_768 / 128
+
+
 def test_the_first_block_multiplies_symbols():
     # 18 taps of 32 symbols and a dense layer of 128 channels, each by 128.
     assert cost_model.first_block(CONFIG, ONE, 128).flops == 2 * (18 * 32 + 128) * 128

@@ -134,12 +134,20 @@ def tile_rows(inputs: Inputs, kernel: str = "local_block") -> int:
     module = sys.modules[f"{kernels.__name__}.{kernel}"]
     channels, dtype = inputs.config.d_local, inputs.precision.dtype
     capability = capability_of(inputs.rows)
-    if kernel == "local_block" and module.portable_because(capability, channels, dtype) is None:
+    if kernel == "local_block" and tile_stays(inputs):
         from proteinbert_fast.ops.kernels import local_block_hopper
 
         return int(local_block_hopper.configuration(channels, dtype).rows)
     with inputs.precision.active():
         return int(module.configuration(capability, channels, dtype, product_precision(dtype)).rows)
+
+
+def tile_stays(inputs: Inputs) -> bool:
+    """Whether the kernel that would run keeps its tile of rows in shared memory."""
+    from proteinbert_fast.ops.kernels.launching import capability_of
+    from proteinbert_fast.ops.kernels.local_block import portable_because
+
+    return portable_because(capability_of(inputs.rows), inputs.config.d_local, inputs.precision.dtype) is None
 
 
 def _local_block(name: str, keep_hidden: bool = False, first: bool = False, note: str = "") -> Operation:
@@ -159,7 +167,7 @@ def _local_block(name: str, keep_hidden: bool = False, first: bool = False, note
     def cost(i: Inputs) -> Cost:
         if first:
             return cost_model.first_block(i.config, i.size, tile_rows(i))
-        return cost_model.local_block(i.config, i.size, tile_rows(i), keep_hidden)
+        return cost_model.local_block(i.config, i.size, tile_rows(i), keep_hidden, tile_stays(i))
 
     return Operation(name, run, exact, cost, note)
 

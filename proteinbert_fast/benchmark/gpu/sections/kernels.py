@@ -9,7 +9,16 @@ import torch
 from proteinbert_fast.benchmark import cost_model
 from proteinbert_fast.benchmark.cases import Case, Ready, Work
 from proteinbert_fast.benchmark.gpu.bench import KERNELS, Bench
-from proteinbert_fast.benchmark.gpu.operations import OPERATIONS, Inputs, Operation, Tensors, compared, same, tile_rows
+from proteinbert_fast.benchmark.gpu.operations import (
+    OPERATIONS,
+    Inputs,
+    Operation,
+    Tensors,
+    compared,
+    same,
+    tile_rows,
+    tile_stays,
+)
 from proteinbert_fast.benchmark.gpu.precision import Precision
 from proteinbert_fast.benchmark.setup import OURS
 from proteinbert_fast.benchmark.timing import Row, percentiles
@@ -128,5 +137,7 @@ def forward_prediction(bench: Bench, batch_lengths: list[int], precision: Precis
         spans=sum(-(-(n + 2) // 512) for n in batch_lengths),
         itemsize=precision.dtype.itemsize,
     )
-    found = cost_model.forward_seconds(bench.settings.config, size, tile_rows(inputs), bench.peaks, precision.name)
+    found = cost_model.forward_seconds(
+        bench.settings.config, size, tile_rows(inputs), bench.peaks, precision.name, tile_stays(inputs)
+    )
     return {str(bound): seconds for bound, seconds in found.items()}
