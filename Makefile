@@ -5,6 +5,7 @@
 #   make lint types   ruff; mypy
 #   make test-kernels compile-gate   the GPU kernels in Triton's interpreter; compiled for GPUs that are not here
 #   make wheel-test   build sdist and wheel, run the suite against the installed wheel
+#   make sanitize     on a GPU: bad memory accesses and races in the kernels, with NVIDIA's compute-sanitizer
 #   make bench        speed and memory, beside others   (BENCH_ARGS="--quick" for a first look)
 #   make dev          the environment with every development tool
 #   make clean        remove the environment and whatever was built
@@ -25,7 +26,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt proteinbert_fast/_version.py $(wildcard csrc/*)
 
-.PHONY: help embed test test-kernels compile-gate lint types wheel-test bench dev clean
+.PHONY: help embed test test-kernels compile-gate sanitize lint types wheel-test bench dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -101,6 +102,20 @@ compile-gate: $(TRITONS:%=compile-gate-%)
 
 compile-gate-%: $(VENV)/triton-%
 	PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.kernels.compile_gate
+
+# On a machine with a GPU. SANITIZE_PYTHON is a Python that has torch with CUDA, triton, pytest and this package's
+# extensions; races are looked for on the smallest inputs, because that is slow. PyTorch's own allocator hides what
+# lies beyond an array, so it is off.
+SANITIZE_PYTHON ?= $(BIN)/python
+SANITIZE_TESTS ?= tests/kernels/test_operations.py tests/kernels/test_model.py
+SMALL_TESTS ?= test_every_width or test_linear or test_descriptors or test_same_bits
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all
+
+sanitize:
+	@command -v compute-sanitizer >/dev/null || { echo "make: no compute-sanitizer on PATH: it comes with NVIDIA's CUDA toolkit" >&2; exit 1; }
+	@$(SANITIZE_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { echo "make: $(SANITIZE_PYTHON) sees no CUDA GPU (SANITIZE_PYTHON=... picks another Python)" >&2; exit 1; }
+	$(SANITIZE) --tool memcheck $(SANITIZE_PYTHON) -m pytest -p no:cacheprovider $(SANITIZE_TESTS) $(PYTEST_ARGS)
+	$(SANITIZE) --tool racecheck $(SANITIZE_PYTHON) -m pytest -p no:cacheprovider $(SANITIZE_TESTS) -k "$(SMALL_TESTS)" $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -15,3 +15,9 @@ class CheckpointError(ProteinBertError):
 
 class BackendError(ProteinBertError, RuntimeError):
     """A back end that was asked for and cannot run here."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error of another library in a line: its kind, and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -8,7 +8,7 @@ from proteinbert_fast.config import ProteinBertConfig
 
 Result = TypeVar("Result")
 Unit = Literal["tokens/s", "residues/s", "GB/s", "GFLOP/s"]
-Probe = Literal["matrix", "convolution", "copy"]
+Probe = Literal["matrix", "convolution", "copy", "cache"]
 
 
 class Unavailable(Exception):

@@ -94,7 +94,7 @@ class PaddedProteinBert(nn.Module):
     """The model without its two output heads, over padded batches, straightforwardly.
 
     Args:
-        model: whose weights to take, cast to its dtype.
+        model: whose weights to take, in its dtype and on its device.
         channels_last: run the convolutions as 2-D ones of height 1 on channels-last images, which libraries for CPUs
             compute faster, instead of as ``nn.Conv1d``.
     """
@@ -109,7 +109,8 @@ class PaddedProteinBert(nn.Module):
         weights = model.state_dict()
         weights["global_input_bias"] = weights["annotation_input.bias"]
         self.load_state_dict({name: weights[name] for name in self.state_dict()})
-        self.to(model.token_embedding.weight.dtype).eval()
+        weight = model.token_embedding.weight
+        self.to(weight.device, weight.dtype).eval()
 
     def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, L) and mask (B, L) to local (B, L, D) and global (B, G) states; no annotations."""

@@ -124,7 +124,9 @@ def _flops(settings: Settings) -> str:
     return f"{flops_per_token(settings.config) / 1e6:.2f}"
 
 
-def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table."""
+
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
@@ -139,7 +141,7 @@ def _table(members: Sequence[Row], rows: Sequence[Row]) -> list[str]:
         cells = [f"**{case.name}**" if case.ours else case.name, case.dtype or ""]
         if row.seconds:
             cells += [
-                f"{_three(row.seconds, 1e3)}",
+                f"{three(row.seconds, 1e3)}",
                 f"**{_rate(row)}**" if case.ours else _rate(row),
                 *([] if is_machine else [_fractions(row.of_matrix_rate), _fractions(row.of_copy_rate),
                                          _ratios(row.ours_over_this)]),
@@ -152,9 +154,9 @@ def _table(members: Sequence[Row], rows: Sequence[Row]) -> list[str]:
             cells += [row.check or "none", "; ".join(part for part in (case.owner, case.what, row.note) if part)]
         body.append(cells)
     if is_machine:
-        return _markdown(["probe", "dtype", "ms", "rate", "by", ""], body)
+        return markdown(["probe", "dtype", "ms", "rate", "by", ""], body)
     header = ["case", "dtype", "ms", "rate", "of matrix rate", "of copy rate", "ours / this", "check", "what"]
-    return _markdown(header, body)
+    return markdown(header, body)
 
 
 def _standing(row: Row, rows: Sequence[Row]) -> str:
@@ -183,7 +185,7 @@ def _memory_table(members: Sequence[Row]) -> list[str]:
             cells += [_status(row), "", "", "", row.check or ""]
         body.append(cells)
     header = ["length", "dtype", "peak", "of it after a short protein", "rest per residue", "time", "check"]
-    return _markdown(header, body)
+    return markdown(header, body)
 
 
 def _fits(rows: Sequence[Row]) -> list[str]:
@@ -202,16 +204,18 @@ def _status(row: Row) -> str:
     return "**WRONG: no time**" if row.status == "wrong" else row.note
 
 
-def _three(values: Sequence[float], factor: float) -> str:
-    return " / ".join(_short(value * factor) for value in percentiles(values).values())
+def three(values: Sequence[float], factor: float) -> str:
+    """For people: p20, p50 and p80 of values times a factor."""
+    return " / ".join(short(value * factor) for value in percentiles(values).values())
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """For people: three digits, or whole numbers from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _rate(row: Row) -> str:
-    return f"{_short(percentiles(row.rates)['p50'])} {row.case.unit}"
+    return f"{short(percentiles(row.rates)['p50'])} {row.case.unit}"
 
 
 def _fractions(values: Sequence[float]) -> str:
@@ -239,7 +243,8 @@ def default_folder(environment: dict[str, Any]) -> Path:
     """Where results go unless said otherwise: ``benchmarks/results/`` of the checkout, or a new folder here."""
     root = machine.checkout()
     parent = root / "benchmarks" / "results" if root else Path("proteinbert-fast-bench")
-    device = re.sub(r"[^a-z0-9]+", "-", f"{environment['cpu']} {environment['cores']} cores".lower()).strip("-")
+    name = environment.get("gpu") or f"{environment['cpu']} {environment['cores']} cores"
+    device = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return parent / f"{environment['date'][:10]}-{device}"
 
 

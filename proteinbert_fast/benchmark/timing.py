@@ -14,6 +14,32 @@ Status = Literal["measured", "unavailable", "wrong"]
 
 
 @dataclass
+class Target:
+    """A number that the project aims at.
+
+    Attributes:
+        what: it is, in a few words, without the number.
+        wanted: the number.
+        unit: it is shown in.
+        at_least: larger is better.
+        value: that was measured; None where nothing was.
+    """
+
+    what: str
+    wanted: float
+    unit: str
+    at_least: bool
+    value: float | None = None
+
+    @property
+    def reached(self) -> bool | None:
+        """None where nothing was measured."""
+        if self.value is None:
+            return None
+        return self.value >= self.wanted if self.at_least else self.value <= self.wanted
+
+
+@dataclass
 class Row:
     """A case and what became of it.
 
@@ -26,6 +52,8 @@ class Row:
         of_matrix_rate, of_copy_rate: fraction of the machine's own rate, in each round; empty where none applies.
         ours_over_this: our rate over this case's, in each round; empty for ours and where there is none.
         bytes: numbers of a memory case.
+        values: whatever else was found, by name.
+        targets: what the project aims at here.
     """
 
     case: Case
@@ -37,6 +65,8 @@ class Row:
     of_copy_rate: list[float] = field(default_factory=list)
     ours_over_this: list[float] = field(default_factory=list)
     bytes: dict[str, float] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    targets: list[Target] = field(default_factory=list)
 
     @property
     def rates(self) -> list[float]:
@@ -82,18 +112,36 @@ def measure(cases: Sequence[Case], rounds: int, say: Callable[[str], None]) -> l
         rows.append(row)
         if ready is not None:
             timed.append((row, ready))
+    in_rounds(timed, rounds, say, seconds)
+    relate(rows)
+    return rows
+
+
+def in_rounds(
+    timed: Sequence[tuple[Row, Ready[Any]]],
+    rounds: int,
+    say: Callable[[str], None],
+    clock: Callable[[Ready[Any]], float],
+) -> None:
+    """Times cases that were made ready, each once a round, into their rows.
+
+    Args:
+        timed: rows and what to run for them.
+        rounds: timings of each.
+        say: is told what goes on, a line each.
+        clock: gives the seconds of one run.
+    """
     for n in range(rounds):
         say(f"round {n + 1} of {rounds}")
         gc.collect()
         # Each round starts with another case: none always comes after the same neighbour's garbage and cache.
         first = n % max(len(timed), 1)
-        for row, ready in timed[first:] + timed[:first]:
-            row.seconds.append(_seconds(ready))
-    relate(rows)
-    return rows
+        for row, ready in [*timed[first:], *timed[:first]]:
+            row.seconds.append(clock(ready))
 
 
-def _seconds(ready: Ready[Any]) -> float:
+def seconds(ready: Ready[Any]) -> float:
+    """Of one run, by the host's clock."""
     gc.disable()
     try:
         started = time.perf_counter()

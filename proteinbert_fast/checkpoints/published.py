@@ -70,13 +70,6 @@ def is_offline(offline: bool | None = None) -> bool:
     return any(os.environ.get(name, "").lower() in yes for name in ("PROTEINBERT_FAST_OFFLINE", "HF_HUB_OFFLINE"))
 
 
-def cache_directory(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Where published weights are kept: as said, or PROTEINBERT_FAST_CACHE, or ~/.cache/proteinbert_fast."""
-    if cache_dir is None:
-        cache_dir = os.environ.get("PROTEINBERT_FAST_CACHE") or Path("~/.cache/proteinbert_fast")
-    return Path(cache_dir).expanduser()
-
-
 def fetch_published(name: str, *, offline: bool, cache_dir: Path) -> Path:
     """The file of published weights in the cache, fetched if it is not there yet; size and SHA-256 are checked.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from proteinbert_fast.cache import cache_directory
 from proteinbert_fast.checkpoints.directories import (
     CONFIG_FILE,
     GO_TERMS_FILE,
@@ -19,7 +20,7 @@ from proteinbert_fast.checkpoints.directories import (
 from proteinbert_fast.checkpoints.files import one_line, read_beginning
 from proteinbert_fast.checkpoints.foreign import refuse_foreign_file
 from proteinbert_fast.checkpoints.official import read_official
-from proteinbert_fast.checkpoints.published import PUBLISHED, cache_directory, fetch_published, is_offline
+from proteinbert_fast.checkpoints.published import PUBLISHED, fetch_published, is_offline
 from proteinbert_fast.checkpoints.restricted_pickle import shown
 from proteinbert_fast.checkpoints.values import GoTerm, LoadedCheckpoint, OptimizerState
 from proteinbert_fast.config import ProteinBertConfig

@@ -8,6 +8,8 @@ from pathlib import Path
 from proteinbert_fast.benchmark.registry import GROUPS
 from proteinbert_fast.benchmark.settings import DTYPES, Settings
 
+TUNED_DTYPES = ("bfloat16", "float16", "tf32", "float32")
+
 EPILOG = """\
 Every result is checked before it is timed; a wrong one is shown as WRONG, without a time, and the exit code is 1.
 docs/benchmarks.md says what each row means. For numbers worth keeping, let nothing else run meanwhile.
@@ -16,6 +18,7 @@ examples:
   proteinbert-fast bench                                  # everything, about eight minutes on two cores
   proteinbert-fast bench --groups forward --rounds 15
   proteinbert-fast bench --quick --fasta mine.fasta
+  proteinbert-fast bench --tune                           # find and keep the fastest kernels for this GPU
 """
 
 
@@ -44,6 +47,22 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="DIR",
         help="default: benchmarks/results/DATE-DEVICE in a checkout, else proteinbert-fast-bench/DATE-DEVICE",
     )
+    parser.add_argument(
+        "--tune",
+        type=_names(TUNED_DTYPES),
+        nargs="?",
+        const=TUNED_DTYPES,
+        metavar="A,B",
+        help="measure nothing; find the fastest configuration of each GPU kernel and use it from now on on this "
+        f"machine; for states in these dtypes, of {', '.join(TUNED_DTYPES)} (default: all)",
+    )
+    parser.add_argument(
+        "--d-local",
+        type=_positive,
+        default=128,
+        metavar="N",
+        help="with --tune: width of the local states; %(default)s",
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything works")
     return parser
 
@@ -52,8 +71,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, write the reports; returns the exit code.
 
     Raises:
-        InputError: the proteins cannot be used.
+        InputError: the proteins cannot be used, or there is no GPU to tune for.
     """
+    if args.tune:
+        return _tune(args)
     from proteinbert_fast.benchmark import report as reports
     from proteinbert_fast.benchmark.picture import draw
     from proteinbert_fast.benchmark.run import run as measure
@@ -81,6 +102,14 @@ def run(args: argparse.Namespace) -> int:
     for row in report.wrong:
         print(f"proteinbert-fast: error: WRONG: {row.case.label}: {row.check}", file=sys.stderr)
     return 1 if report.wrong else 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from proteinbert_fast.benchmark.tune import tune
+
+    written = tune(args.tune, [args.d_local], lambda line: print(line, file=sys.stderr, flush=True))
+    print(f"written: {written}", file=sys.stderr)
+    return 0
 
 
 def _positive(text: str) -> int:

@@ -103,6 +103,10 @@ def _backends() -> Iterator[tuple[str, str]]:
                 f"{device}, {dtype}",
                 report + (", the default" if chosen and device == _devices()[-1] else ""),
             )
+    if importlib.util.find_spec("triton") is not None:
+        from proteinbert_fast.ops.kernels import tuning
+
+        yield "kernel tuning", tuning.report()
     yield from _local_block_kernels()
 
 
@@ -122,8 +126,8 @@ def _local_block_kernels() -> Iterator[tuple[str, str]]:
 
 
 def _weights() -> Iterator[tuple[str, str]]:
+    from proteinbert_fast.cache import cache_directory
     from proteinbert_fast.checkpoints import PUBLISHED, is_offline
-    from proteinbert_fast.checkpoints.published import cache_directory
 
     for name, published in PUBLISHED.items():
         path = cache_directory() / published.file_name

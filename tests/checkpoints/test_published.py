@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from proteinbert_fast import ProteinBert
+from proteinbert_fast.cache import cache_directory
 from proteinbert_fast.checkpoints import PUBLISHED, PublishedCheckpoint, load_pretrained, published
 from proteinbert_fast.errors import CheckpointError
 
@@ -86,7 +87,7 @@ def test_default_cache_is_the_environments(publish, tmp_path):
 
 def test_default_cache_without_environment(monkeypatch):
     monkeypatch.delenv("PROTEINBERT_FAST_CACHE")
-    assert published.cache_directory() == Path.home() / ".cache" / "proteinbert_fast"
+    assert cache_directory() == Path.home() / ".cache" / "proteinbert_fast"
 
 
 def test_redirects_keep_the_range(cache, publish, web):

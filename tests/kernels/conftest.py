@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+# References are computed in deterministic mode too, in which cuBLAS asks for this.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in {"", "0"}
 if importlib.util.find_spec("triton") is None or not (IS_INTERPRETED or torch.cuda.is_available()):
     collect_ignore_glob = ["test_*.py"]

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import LOG2_E, gelu, tanh
 from proteinbert_fast.ops.kernels.launching import capability_of, has_matrix_units, padded, product_precision
 from proteinbert_fast.packing import cut_into_spans
@@ -170,7 +171,9 @@ def weights_kernel(
 
 
 def configuration(capability: int, channels: int, dtype: torch.dtype, precision: str = "ieee") -> Configuration:
-    """The shipped one for a device; as for the local block."""
+    """The tuned one of this machine, or the shipped one for a device; as for the local block."""
+    if (tuned := tuning.lookup("global_attention", Configuration, capability, channels, dtype, precision)) is not None:
+        return tuned
     if capability == 0:  # Time in the interpreter goes by the number of operations, not by their sizes.
         return Configuration(64, 4, 1, 32 if dtype == torch.float32 else 0)
     if not has_matrix_units(capability, dtype, precision):

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from proteinbert_fast.config import LAYER_NORM_EPS
+from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import gelu, kept_16_bit, layer_norm
 from proteinbert_fast.ops.kernels.launching import (
     capability_of,
@@ -199,7 +200,7 @@ def local_block_kernel(
 
 
 def configuration(capability: int, channels: int, dtype: torch.dtype, precision: str = "ieee") -> Configuration:
-    """The shipped one for a device.
+    """The tuned one of this machine, or the shipped one for a device.
 
     Args:
         capability: 80 for 8.0; 0 in the interpreter.
@@ -207,6 +208,8 @@ def configuration(capability: int, channels: int, dtype: torch.dtype, precision:
         dtype: of the states.
         precision: "tf32" or "ieee", of float32 products.
     """
+    if (tuned := tuning.lookup("local_block", Configuration, capability, channels, dtype, precision)) is not None:
+        return tuned
     wide = channels > 128
     if capability == 0:  # Time in the interpreter goes by the number of operations, not by their sizes.
         return Configuration(64, 32, 4, 2, False, dtype == torch.float32)
@@ -366,7 +369,7 @@ def launch(
     else:
         from proteinbert_fast.ops.kernels import local_block_hopper
 
-        c = local_block_hopper.configuration(channels)
+        c = local_block_hopper.configuration(channels, dtype)
     if isinstance(c, HopperConfiguration):
         from proteinbert_fast.ops.kernels import local_block_hopper
 

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.errors import BackendError
+from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import gelu, kept_16_bit
 from proteinbert_fast.ops.kernels.local_block import HopperConfiguration
 from proteinbert_fast.ops.reference import LocalBlockWeights
@@ -225,12 +226,15 @@ def local_block_hopper_kernel(
         mbarrier.invalidate(full.index(stage))
 
 
-def configuration(channels: int) -> HopperConfiguration:
-    """The shipped one.
+def configuration(channels: int, dtype: torch.dtype = torch.bfloat16) -> HopperConfiguration:
+    """The tuned one of this machine, or the shipped one.
 
     Args:
         channels: D.
+        dtype: of the states.
     """
+    if (tuned := tuning.lookup("local_block_hopper", HopperConfiguration, 90, channels, dtype)) is not None:
+        return tuned
     # Two programs to an SM: one's activations and norms run beside the other's products.
     return HopperConfiguration(rows=128, chunk=64, warps=8, stages=3 if channels == 128 else 6, registers=128)
 

@@ -1,0 +1,80 @@
+"""One forward pass, kernel by kernel. Last of all: the profiler may leave launches slower than they were."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from proteinbert_fast.benchmark.cases import Case, Ready, Unavailable, Work
+from proteinbert_fast.benchmark.gpu.bench import Bench
+from proteinbert_fast.benchmark.gpu.sections.kernels import kernel_lengths
+from proteinbert_fast.benchmark.setup import OURS
+from proteinbert_fast.benchmark.timing import Row
+from proteinbert_fast.model import ProteinBert
+from proteinbert_fast.packing import PackedBatch
+from proteinbert_fast.tokenizer import Tokenizer
+
+TITLE = "Where the time of a forward pass goes"
+TABLE = "one forward pass, kernel by kernel"
+_SHOWN = 14  # kernels; the others are added up
+
+
+def rows(bench: Bench) -> list[Row]:
+    """Device time of each kernel in the first precision; without asking which kernels there should be."""
+    precision, lengths = bench.precisions[0], kernel_lengths(bench)
+    tokens = sum(lengths) + 2 * len(lengths)
+    found: dict[str, tuple[int, float]] = {}
+
+    def case(name: str, prepare: Callable[[], Ready[Any]]) -> Case:
+        work = Work(proteins=len(lengths), residues=sum(lengths), tokens=tokens)
+        return Case(table=TABLE, name=name, what="device time in torch.profiler", owner=OURS, ours=True, work=work,
+                    unit="tokens/s", prepare=prepare, dtype=precision.name)  # fmt: skip
+
+    def prepare() -> Ready[None]:
+        model: ProteinBert = bench.model(precision.name)
+        batch: PackedBatch = Tokenizer(gap=bench.settings.config.reach)([b"M" * n for n in lengths]).to(bench.device)
+
+        def run() -> None:
+            with torch.inference_mode(), precision.active():
+                model(batch)
+            bench.synchronize()
+
+        if not bench.on_gpu:
+            run()
+            raise Unavailable("there is no device to profile")
+        for _ in range(2):
+            run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            run()
+        found.update(_device_times(profiler))
+        if not found:
+            raise Unavailable("the profiler saw no kernel")
+        return Ready(lambda: None, None)
+
+    whole, _ = bench.checked(case("all kernels", prepare))
+    if whole.status != "measured":
+        return [whole]
+    ordered = sorted(found.items(), key=lambda item: -item[1][1])
+    total = sum(seconds for _, (_, seconds) in ordered)
+    shown = ordered[:_SHOWN]
+    if rest := ordered[_SHOWN:]:
+        shown.append((f"{len(rest)} others", (sum(n for _, (n, _) in rest), sum(s for _, (_, s) in rest))))
+    whole.seconds, whole.values = [total], {"launches": sum(n for _, (n, _) in ordered), "share": 1.0}
+    result = [whole]
+    for name, (launches, seconds) in shown:
+        row = Row(case(name, lambda: Ready(lambda: None, None)), "measured", seconds=[seconds])
+        row.values = {"launches": launches, "share": seconds / total}
+        result.append(row)
+    for row in result:
+        row.values["ns_per_token"] = 1e9 * row.seconds[0] / tokens
+    return result
+
+
+def _device_times(profiler: Any) -> dict[str, tuple[int, float]]:
+    """Launches and seconds of each kernel."""
+    found = {}
+    for event in profiler.key_averages():
+        microseconds = getattr(event, "self_device_time_total", 0) or 0
+        if microseconds:
+            found[event.key.replace("|", "/")[:60]] = (int(event.count), microseconds / 1e6)
+    return found
