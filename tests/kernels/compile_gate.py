@@ -29,7 +29,7 @@ POINTERS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "uint8": "
 FORWARD = ("local_block", "first_block", "global_attention", "weights", "global_track", "linear")
 BACKWARD = (
     "local_block_for_training", "first_block_for_training", "global_track_for_training", "pointwise", "first_pointwise",
-    "convolution_gradient", "weight_gradient", "first_weight_gradient", "attention_rows_gradient",
+    "convolution_gradient", "weight_gradient", "dense_weight_gradient", "first_weight_gradient", "attention_rows_gradient",
     "attention_weights_gradient", "global_track_gradient",
 )  # fmt: skip
 SUMS = ("add_spans", "row_sums", "add_parts")
@@ -62,16 +62,31 @@ BUDGETS: dict[tuple[str, int, str, int], Budget] = {
     ("first_block", 80, "bfloat16", 128): Budget(local_loads=48),
     ("first_block", 80, "bfloat16", 256): Budget(local_loads=48),
     ("first_block", 80, "float16", 128): Budget(local_loads=48),
+    ("first_block_for_training", 80, "bfloat16", 128): Budget(local_loads=48),
+    ("attention_rows_gradient", 80, "float32", 128): Budget(local_loads=80, matrix=0),
+    ("global_track_gradient", 80, "float32", 128): Budget(local_loads=48, matrix=0),
     ("local_block_hopper", 90, "bfloat16", 64): Budget(programs=2),
     ("local_block_hopper", 90, "bfloat16", 128): Budget(local_loads=8, programs=2),
     ("local_block_hopper", 90, "float16", 128): Budget(local_loads=8, programs=2),
 }
 for _capability in CAPABILITIES:
+    # Small: 16 proteins' states take all registers, and little time.
+    BUDGETS["global_track_gradient", _capability, "bfloat16", 128] = Budget(local_loads=48)
+    BUDGETS["global_track_for_training", _capability, "bfloat16", 128] = Budget(local_loads=16)
     BUDGETS["global_track", _capability, "float32", 128] = Budget(local_loads=140, matrix=0)
     BUDGETS["local_block", _capability, "float32", 256] = Budget(local_loads=8, matrix=0)
 # Triton computes products on Turing without its matrix units: kernels run there, slowly.
-for _kernel in ("local_block", "first_block", "global_attention", "global_track", "linear", "weights"):
-    BUDGETS[_kernel, 75, "float16", 128] = Budget(local_loads=140, matrix=0)
+for _kernel in (
+    "local_block",
+    "first_block",
+    "global_attention",
+    "global_track",
+    "linear",
+    "weights",
+    "pointwise",
+    "weight_gradient",
+):
+    BUDGETS[_kernel, 75, "float16", 128] = Budget(local_loads=240, matrix=0)
 
 
 @dataclass(frozen=True)
@@ -170,6 +185,8 @@ def launches(target: Target) -> dict[str, Launch]:
             name = "first_block"
         if constants.get("EMBEDDED"):
             name = f"first_{name}"
+        elif constants.get("AT_ONCE") and constants["TAPS"] == 1:
+            name = f"dense_{name}"
         if constants.get("KEEP_RESULTS") or constants.get("KEEP_SUMS"):
             name = f"{name}_for_training"
         if constants.get("ACTIVATION") == "softmax":

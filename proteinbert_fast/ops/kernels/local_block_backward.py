@@ -267,7 +267,7 @@ def configuration(capability: int, channels: int, dtype: torch.dtype, precision:
         return Configuration(16, 16, 16, 8, 16, 1, False, True)
     if capability >= 90:
         return Configuration(
-            64 if not wide else 16, 128 if not wide else 64, min(channels, 64), 8, 64, 1 if wide else 3, True, wide
+            32 if not wide else 16, 128 if not wide else 64, min(channels, 64), 8, 64, 1 if wide else 3, True, wide
         )
     return Configuration(32 if not wide else 16, 64, min(channels, 32), 8, 32, 1, False, wide)
 
