@@ -29,8 +29,8 @@ POINTERS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "uint8": "
 FORWARD = ("local_block", "first_block", "global_attention", "weights", "global_track", "linear")
 BACKWARD = (
     "local_block_for_training", "first_block_for_training", "global_track_for_training", "pointwise", "first_pointwise",
-    "convolution_gradient", "weight_gradient", "dense_weight_gradient", "first_weight_gradient", "attention_rows_gradient",
-    "attention_weights_gradient", "global_track_gradient",
+    "convolution_gradient", "weight_gradient", "dense_weight_gradient", "first_weight_gradient",
+    "attention_rows_gradient", "attention_weights_gradient", "global_track_gradient",
 )  # fmt: skip
 SUMS = ("add_spans", "row_sums", "add_parts")
 
@@ -185,7 +185,7 @@ def launches(target: Target) -> dict[str, Launch]:
             name = "first_block"
         if constants.get("EMBEDDED"):
             name = f"first_{name}"
-        elif constants.get("AT_ONCE") and constants["TAPS"] == 1:
+        elif constants.get("TAPS") == 1:
             name = f"dense_{name}"
         if constants.get("KEEP_RESULTS") or constants.get("KEEP_SUMS"):
             name = f"{name}_for_training"
