@@ -8,7 +8,7 @@ and tells the local track of the next block what the global track has become.
 import math
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +52,15 @@ class AnnotationInput(nn.Module):
 
 
 class Block(nn.Module):
-    """One block: local track, global attention, global track."""
+    """One block: local track, global attention, global track.
 
-    def __init__(self, config: ProteinBertConfig) -> None:
+    Attributes:
+        save: what the local track keeps for the backward pass; see ProteinBert.
+    """
+
+    def __init__(self, config: ProteinBertConfig, save: backends.Save = "preactivations") -> None:
         super().__init__()
+        self.save: backends.Save = save
         d, g, taps = config.d_local, config.d_global, config.kernel_size
         self.n_heads = config.n_heads
         self.wide_dilation = config.wide_dilation
@@ -124,7 +129,7 @@ class Block(nn.Module):
             hidden local (R, D) or None, local (R, D), and what the global track computed.
         """
         hidden, local = operations.local_block(
-            local, message.broadcast, batch, self.local_weights(), self.wide_dilation, keep_hidden
+            local, message.broadcast, batch, self.local_weights(), self.wide_dilation, keep_hidden, self.save
         )
         track = operations.global_track(
             local, global_state, message, batch, self.global_weights(), following, self.n_heads, return_attention
@@ -138,6 +143,10 @@ class ProteinBert(nn.Module):
     Args:
         config: sizes; the published ones when None.
         backend: "auto" (the fastest that fits), "cpu", "triton" or "reference".
+        save: what training keeps of each block until the backward pass, with the Triton kernels: "preactivations", the
+            block's input and both convolutions' results (768 bytes per token and block in 16 bits), or "inputs", which
+            keeps the input alone (256 bytes) and computes the convolutions again. Gradients have the same bits. Each
+            block's own ``save`` may be set too. Other back ends keep inputs.
 
     Attributes:
         config: sizes of the model.
@@ -148,13 +157,20 @@ class ProteinBert(nn.Module):
         is_pretrained: whether the weights came from a checkpoint.
 
     Raises:
-        InputError: the back end is unknown.
+        InputError: the back end or what to save is unknown.
         BackendError: the back end cannot run in this installation.
     """
 
-    def __init__(self, config: ProteinBertConfig | None = None, backend: backends.Backend = "auto") -> None:
+    def __init__(
+        self,
+        config: ProteinBertConfig | None = None,
+        backend: backends.Backend = "auto",
+        save: backends.Save = "preactivations",
+    ) -> None:
         super().__init__()
         backends.check_backend(backend)
+        if save not in get_args(backends.Save):
+            raise InputError(f"save {save!r} is unknown; choose one of {', '.join(get_args(backends.Save))}")
         self.config = config or ProteinBertConfig()
         self.backend: backends.Backend = backend
         self.checkpoint_source: str | None = None
@@ -163,7 +179,7 @@ class ProteinBert(nn.Module):
         self.is_pretrained = False
         self.annotation_input = AnnotationInput(self.config)
         self.token_embedding = nn.Embedding(VOCABULARY_SIZE, self.config.d_local)
-        self.blocks = nn.ModuleList(Block(self.config) for _ in range(self.config.n_blocks))
+        self.blocks = nn.ModuleList(Block(self.config, save) for _ in range(self.config.n_blocks))
         self.token_head = nn.Linear(self.config.d_local, VOCABULARY_SIZE)
         self.annotation_head = nn.Linear(self.config.d_global, self.config.n_annotations)
         self.reset_parameters()

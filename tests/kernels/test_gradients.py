@@ -5,8 +5,11 @@ import sys
 import pytest
 import torch
 
-from proteinbert_fast.ops import backends, kernels
+from proteinbert_fast import ProteinBert, ProteinBertConfig, Tokenizer
+from proteinbert_fast.errors import InputError
+from proteinbert_fast.ops import backends, kernels, reference
 from proteinbert_fast.ops.kernels.launching import DTYPES
+from proteinbert_fast.ops.kernels.linear import linear
 from proteinbert_fast.ops.reference import Embedded, Message
 
 from .conftest import IS_INTERPRETED
@@ -97,6 +100,30 @@ def test_saving_inputs_alone_gives_the_same_bits(dtype, device):
         assert torch.equal(gradient, computed[name]), name
 
 
+@pytest.mark.parametrize(("save", "most"), [("preactivations", 8 * 1024), ("inputs", 3 * 1024)])
+def test_what_is_kept_for_the_backward_pass(save, most, device):
+    """Bytes per residue at the published width, in bfloat16, weights left out."""
+    config = ProteinBertConfig(n_annotations=3)
+    model = ProteinBert(config, backend="triton", save=save).to(device, torch.bfloat16)
+    batch = Tokenizer()(["M" * 300]).to(device)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = model(batch)
+    by_protein = 3 * 300 * 64 + 40_000  # states and sums of a protein, which do not grow with its length
+    per_residue = (sum(kept.values()) - by_protein) / 300
+    expected = 256 * 5 + (512 * 6 if save == "preactivations" else 0)
+    assert expected * 0.8 <= per_residue <= expected * 1.25 <= most
+    assert out.local_rows.requires_grad
+
+
 def test_long_proteins_are_added_up_in_rounds(monkeypatch, device):
     for name in ("global_attention", "global_track", "protein_sums", "global_attention_backward"):
         __import__(f"proteinbert_fast.ops.kernels.{name}")
@@ -114,6 +141,32 @@ def test_what_needs_no_gradient_gets_none(device):
     local.sum().backward()
     assert word.grad is not None
     assert all(p.grad is None for p in case.block.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["none", "gelu", "tanh", "sigmoid", "softmax"])
+def test_linear_layers(activation, dtype, device):
+    torch.manual_seed(0)
+    shapes = ((40, 33), (26, 33), (26,))
+    ours = [torch.randn(*s).to(device, dtype).requires_grad_() for s in shapes]
+    exact = [t.detach().double().requires_grad_() for t in ours]
+    seen = torch.randn(40, 26).to(device, dtype)
+    (linear(*ours, activation, torch.float32) * seen).sum().backward()
+    plain = {"gelu": reference.gelu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "softmax": lambda t: t.softmax(-1)}
+    result = torch.nn.functional.linear(*exact)
+    (plain.get(activation, lambda t: t)(result) * seen.double()).sum().backward()
+    for a, b in zip(ours, exact, strict=True):
+        error = float((a.grad.double() - b.grad).abs().max() / b.grad.abs().max())
+        assert error <= (1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_residue_means(device):
+    case = Case(config_of(32), (5, 0, 600), torch.float32, device)
+    x, exact = (case.x.clone().to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
+    seen = torch.randn(3, 32).to(device)
+    (kernels.residue_mean(x, case.batch) * seen).sum().backward()
+    (backends.REFERENCE.residue_mean(exact, case.batch) * seen.double()).sum().backward()
+    torch.testing.assert_close(x.grad.double(), exact.grad, atol=1e-7, rtol=1e-5)
 
 
 def test_twice_through_one_module_and_twice_backward(device):
@@ -140,6 +193,11 @@ def test_attention_weights_have_gradients_too(device):
         (track.attention.square().sum() + track.global_state.sum()).backward()
     right = case.exact.key.weight.grad
     torch.testing.assert_close(case.block.key.weight.grad.double(), right, atol=2e-5 * float(right.abs().max()), rtol=0)
+
+
+def test_an_unknown_choice_of_what_to_save_is_refused():
+    with pytest.raises(InputError, match="save 'all' is unknown; choose one of preactivations, inputs"):
+        ProteinBert(save="all")
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="needs a GPU: the interpreter has one program at a time")

@@ -1,7 +1,10 @@
 """The whole model on the Triton kernels: golden numbers, same bits, compiled, refused where it cannot run."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from proteinbert_fast import ProteinBert, ProteinBertConfig, Tokenizer, self_check
 from proteinbert_fast.errors import BackendError
@@ -139,6 +142,70 @@ def test_trains(model, device):
             # Both are float32: each is off by a few 1e-5 of the largest.
             size = p.grad.abs().max().clamp(min=1e-12)
             torch.testing.assert_close(gradients[name] / size, p.grad / size, atol=2e-4, rtol=0)
+
+
+def weight_gradients(model, run, batch):
+    model.zero_grad(set_to_none=True)
+    out = run(batch)
+    (out.token_logits.float().square().mean() + out.go_logits.float().square().mean()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_training_compiles_as_one_graph(model, device):
+    batch = Tokenizer()(SEQUENCES).to(device)
+    plain = weight_gradients(model, model, batch)
+    compiled = weight_gradients(model, torch.compile(model, backend="aot_eager", fullgraph=True), batch)
+    assert plain.keys() == compiled.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(compiled[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(model, device, reentrant):
+    batch = Tokenizer()(SEQUENCES).to(device)
+
+    def checkpointed(batch):
+        # A tensor that wants gradients, which the older of the two ways needs.
+        flag = torch.zeros((), device=device, requires_grad=True)
+
+        def states(_):
+            out = model(batch)
+            return out.local_rows, out.global_state
+
+        local, state = torch.utils.checkpoint.checkpoint(states, flag, use_reentrant=reentrant)
+        return SimpleNamespace(token_logits=model.token_head(local), go_logits=model.annotation_head(state))
+
+    plain = weight_gradients(model, model, batch)
+    for name, gradient in weight_gradients(model, checkpointed, batch).items():
+        torch.testing.assert_close(gradient, plain[name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_mixed_precision_training(model, device, dtype):
+    """float32 weights under autocast, accumulated over two batches; float16 with its loss scaled."""
+    batches = [Tokenizer()(SEQUENCES[:2]).to(device), Tokenizer()(SEQUENCES[2:]).to(device)]
+    scaler = torch.amp.GradScaler(device.type, init_scale=64.0, enabled=dtype == torch.float16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def step(scaled: bool) -> dict[str, torch.Tensor]:
+        optimizer.zero_grad()
+        for batch in batches:
+            with torch.autocast(device.type, dtype, enabled=scaled):
+                out = model(batch)
+                loss = out.token_logits.float().square().mean() + out.go_logits.float().square().mean()
+            (scaler.scale(loss) if scaled else loss).backward()
+        if scaled:
+            scaler.unscale_(optimizer)
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    exact, mixed = step(False), step(True)
+    for name, gradient in exact.items():
+        assert mixed[name].dtype == torch.float32
+        error = (mixed[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert error < (0.05 if dtype == torch.bfloat16 else 0.01), f"{name}: {error:.3f}"
+    before = model.blocks[0].narrow_conv.weight.detach().clone()
+    scaler.step(optimizer)
+    assert not torch.equal(model.blocks[0].narrow_conv.weight, before)
 
 
 @pytest.mark.parametrize(

@@ -297,7 +297,7 @@ def test_operators_are_described_rightly(device):
         (operators.local_block, (case.x, None, word, *places, local_weights, 20, 5, 11, True, True)),
         (operators.local_block, (table, tokens, word, *places, local_weights, 20, 5, 11, False, False)),
         (operators.linear, (case.state, message[0], None, "tanh", torch.float32, False)),
-        (operators.residue_mean, (case.x, batch.starts, batch.lengths, batch.longest)),
+        (operators.residue_mean, (case.x, batch.segments, batch.starts, batch.lengths, batch.longest)),
         (operators.global_track, (case.x, case.state, query, track, *rows, 2, 11, False, True)),
         (operators.global_track, (case.x, case.state, query, track + message, *rows, 2, 11, True, False)),
     ]

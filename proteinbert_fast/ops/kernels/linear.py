@@ -1,6 +1,6 @@
 """Linear layers whose rows have the same bits in any batch: tiles of one shape, sums in one order."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,20 +11,13 @@ from torch import Tensor, nn
 from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels.activations import LOG2_E, activate
 from proteinbert_fast.ops.kernels.launching import capability_of, has_matrix_units, product_precision
-from proteinbert_fast.ops.recompute import recomputed
 from proteinbert_fast.ops.reference import Message, MessageWeights
 
 _ROWS = 16  # as few as the matrix units take: most calls have a row per protein
 _MANY_ROWS = 64  # for calls with a row per token
 _COLUMNS = 64
 _INPUTS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "gelu": reference.gelu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "softmax": lambda x: x.softmax(-1),
-}
+_ACTIVATIONS = ("none", "gelu", "tanh", "sigmoid", "softmax")
 
 
 @triton.jit
@@ -82,6 +75,31 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out_dtype
     return x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
 
 
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, ctx.activation, _, _ = inputs
+    ctx.save_for_backward(x, weight, bias, None if ctx.activation == "none" else output)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, y = ctx.saved_tensors
+    gradient = gradient.float()
+    if ctx.activation == "gelu":
+        result = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        gradient = torch.ops.aten.gelu_backward(gradient, result.float())
+    elif ctx.activation == "tanh":
+        gradient = gradient * (1 - y.float().square())
+    elif ctx.activation == "sigmoid":
+        gradient = gradient * y.float() * (1 - y.float())
+    elif ctx.activation == "softmax":
+        gradient = y.float() * (gradient - (gradient * y.float()).sum(-1, keepdim=True))
+    d_bias = None if bias is None else gradient.sum(0).to(bias.dtype)
+    gradient = gradient.to(x.dtype)
+    return gradient @ weight.to(x.dtype), (gradient.t() @ x).to(weight.dtype), d_bias, None, None, None
+
+
+_linear.register_autograd(_backward, setup_context=_save)
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -100,19 +118,12 @@ def linear(
         out_dtype: of the result; that of ``x`` when None.
         by_row: M is a number of tokens, not of proteins: wants larger tiles.
     """
-    if activation not in _PLAIN:
-        raise ValueError(f"activation {activation!r} is unknown; choose one of {', '.join(_PLAIN)}")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is unknown; choose one of {', '.join(_ACTIVATIONS)}")
     if activation == "softmax" and len(weight) > _COLUMNS:
         raise ValueError(f"a softmax takes at most {_COLUMNS} columns, got {len(weight)}")
-    out_dtype = out_dtype or x.dtype
-
-    def fast(x: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor]:
-        return (_linear(x, weight, bias[0] if bias else None, activation, out_dtype, by_row),)
-
-    def plain(x: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor]:
-        return (_PLAIN[activation](F.linear(x, weight, *bias)).to(out_dtype),)
-
-    return recomputed(fast, plain, x, weight, *([] if bias is None else [bias]))[0]
+    out: Tensor = _linear(x, weight, bias, activation, out_dtype or x.dtype, by_row)
+    return out
 
 
 def head(

@@ -1,13 +1,13 @@
 """Sums of rows over each protein, and means over its residues, in one fixed order."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels.global_attention import SPAN, SpanSums, add_spans
-from proteinbert_fast.ops.recompute import recomputed
 from proteinbert_fast.packing import PackedBatch, cut_into_spans
 
 _ROWS, _COLUMNS = 32, 128
@@ -62,13 +62,36 @@ def protein_sums(x: Tensor, starts: Tensor, lengths: Tensor, longest: int, ends:
 
 
 @torch.library.custom_op("proteinbert_fast::residue_mean", mutates_args=())
-def _residue_mean(x: Tensor, starts: Tensor, lengths: Tensor, longest: int) -> Tensor:
-    return protein_sums(x, starts, lengths, longest, ends=1) / (lengths - 2).clamp(min=1).unsqueeze(-1)
+def _residue_mean(x: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    return protein_sums(x, starts, lengths, longest, ends=1) / _n_residues(lengths)
 
 
 @_residue_mean.register_fake
-def _(x: Tensor, starts: Tensor, lengths: Tensor, longest: int) -> Tensor:
+def _(x: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor, longest: int) -> Tensor:
     return x.new_empty(starts.shape[0], x.shape[1], dtype=torch.float32)
+
+
+def _n_residues(lengths: Tensor) -> Tensor:
+    """(B, 1), at least 1."""
+    return (lengths - 2).clamp(min=1).unsqueeze(-1)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, segments, starts, lengths, _ = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(segments, starts, lengths)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    segments, starts, lengths = ctx.saved_tensors
+    protein = segments.clamp(min=0)
+    row = torch.arange(segments.shape[0], device=segments.device) - starts[protein]
+    is_residue = (segments >= 0) & (row > 0) & (row < lengths[protein] - 1)
+    d_x = (gradient / _n_residues(lengths)).to(ctx.dtype)[protein]
+    return d_x.where(is_residue.unsqueeze(-1), 0), None, None, None, None
+
+
+_residue_mean.register_autograd(_backward, setup_context=_save)
 
 
 def residue_mean(rows: Tensor, batch: PackedBatch) -> Tensor:
@@ -78,11 +101,5 @@ def residue_mean(rows: Tensor, batch: PackedBatch) -> Tensor:
         rows: (R, C) of any dtype, summed in float32.
         batch: the packed layout.
     """
-
-    def fast(rows: Tensor) -> tuple[Tensor]:
-        return (_residue_mean(rows, batch.starts, batch.lengths, batch.longest),)
-
-    def plain(rows: Tensor) -> tuple[Tensor]:
-        return (reference.residue_mean(rows, batch.segments, batch.starts, batch.lengths),)
-
-    return recomputed(fast, plain, rows)[0]
+    mean: Tensor = _residue_mean(rows, batch.segments, batch.starts, batch.lengths, batch.longest)
+    return mean
