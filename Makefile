@@ -90,18 +90,19 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Without a GPU, in Triton's interpreter, with the newest Triton and the oldest supported, each in a folder of its own.
+# The last of them goes through everything, the others through all kernels on fewer inputs.
 $(VENV)/triton-%: $(VENV)/.test
 	$(PIP_INSTALL) --quiet --no-deps --target $@ triton==$*
 
 test-kernels: $(TRITONS:%=test-kernels-%)
 
 test-kernels-%: $(VENV)/triton-%
-	TRITON_INTERPRET=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -p no:cacheprovider tests/kernels $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -p no:cacheprovider tests/kernels $(if $(filter $(lastword $(TRITONS)),$*),,-m "not slow") $(PYTEST_ARGS)
 
 compile-gate: $(TRITONS:%=compile-gate-%)
 
 compile-gate-%: $(VENV)/triton-%
-	PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.kernels.compile_gate
+	PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.kernels.compile_gate $(if $(filter $(lastword $(TRITONS)),$*),,--brief)
 
 # On a machine with a GPU. SANITIZE_PYTHON is a Python that has torch with CUDA, triton, pytest and this package's
 # extensions; races are looked for on the smallest inputs, because that is slow. PyTorch's own allocator hides what
@@ -129,7 +130,8 @@ bench: $(VENV)/.dev
 dev: $(VENV)/.dev
 
 # The suite runs beside no package source: in the unpacked sdist without proteinbert_fast/ and csrc/, so that what is
-# imported can only be the installed wheel. That shows the sdist to be complete, too.
+# imported can only be the installed wheel. That shows the sdist to be complete, too. Slow tests, which `make test` runs,
+# are left out.
 wheel-test: $(VENV)/.dev
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
@@ -143,7 +145,7 @@ wheel-test: $(VENV)/.dev
 	"$$temp/venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(echo dist/*.whl)[test]"; \
 	cd "$$temp/tree"; \
 	"$$temp/venv/bin/python" -c 'import proteinbert_fast; print("==> testing", proteinbert_fast.__file__)'; \
-	"$$temp/venv/bin/python" -m pytest $(PYTEST_ARGS)
+	"$$temp/venv/bin/python" -m pytest -m "not slow" $(PYTEST_ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks embeddings.h5*

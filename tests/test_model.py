@@ -291,6 +291,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path):
     """In a process of its own that ends at once: gloo's threads now and then never end by themselves."""
     command = [sys.executable, "-c", DISTRIBUTED, str(tmp_path)]

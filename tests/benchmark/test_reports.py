@@ -78,6 +78,7 @@ def test_peaks_are_those_of_the_process(tiny_report: Report):
         assert 50e6 < row.bytes["baseline"] <= row.bytes["peak"] < 2e9
 
 
+@pytest.mark.slow
 def test_a_wrong_implementation_has_no_time_anywhere(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -112,6 +112,7 @@ def test_without_optimizer_state_the_third_part_is_none(tmp_path, nano):
     assert read_official(path).optimizer_state is None
 
 
+@pytest.mark.slow
 def test_the_published_sizes_give_the_published_number_of_bytes(tmp_path):
     config = ProteinBertConfig()
     zeros = {key: torch.zeros(shape) for key, shape in state_dict_shapes(config).items()}

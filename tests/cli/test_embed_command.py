@@ -104,6 +104,7 @@ def test_several_files_compressed_and_uniprot_layout(
             assert np.array_equal(file[name][:], expected[name])
 
 
+@pytest.mark.slow
 def test_standard_input(fasta: Path, weights: Path, tmp_path: Path) -> None:
     for i, content in enumerate((fasta.read_bytes(), gzip.compress(fasta.read_bytes()))):
         command = [sys.executable, "-c", RUN, *arguments("-", f"out{i}.h5", weights, "--quiet")]
@@ -230,6 +231,7 @@ def started(code: str, folder: Path, args: list[str]) -> "subprocess.Popen[str]"
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_by_a_signal(fasta: Path, weights: Path, tmp_path: Path, number: int, code: int) -> None:
     args = arguments(fasta, "out.h5", weights, "--quiet", "--tokens-per-batch", "600")
@@ -253,6 +255,7 @@ def resume_and_compare(args: list[str], folder: Path) -> None:
     assert sorted(os.listdir(folder)) == ["out.h5", "whole.h5"]
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(fasta: Path, weights: Path, tmp_path: Path) -> None:
     args = arguments(fasta, "out.h5", weights, "--quiet", "--per", "residue", "--tokens-per-batch", "600", "--resume")
     kills = 0

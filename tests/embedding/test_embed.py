@@ -92,6 +92,7 @@ def test_per_residue(model: ProteinBert, fasta: Path, alone: dict[str, Any], lay
         assert np.array_equal(result[record.id], result[i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per", ["protein", "residue"])
 @pytest.mark.parametrize("tokens_per_batch", [1, 60, 1000, 100_000])
 def test_same_bits_for_every_batch_size_and_order(

@@ -212,6 +212,7 @@ class FullDisk:
         return limited_write
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("many_shards")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("per", PER)

@@ -22,6 +22,8 @@ from proteinbert_fast.data.fasta import read_fasta
 from proteinbert_fast.embedding import api, hdf5, partial, pipeline
 from proteinbert_fast.errors import InputError, ProteinBertError
 
+pytestmark = pytest.mark.slow
+
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

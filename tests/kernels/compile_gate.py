@@ -33,6 +33,8 @@ BACKWARD = (
     "attention_rows_gradient", "attention_weights_gradient", "global_track_gradient",
 )  # fmt: skip
 SUMS = ("add_spans", "row_sums", "add_parts")
+# Capability, dtype and width of what --brief compiles.
+BRIEF = {(c, "bfloat16", 128) for c in (80, 90, 100)} | {(80, "float32", 128), (90, "tf32", 128)}
 
 
 @dataclass(frozen=True)
@@ -361,12 +363,15 @@ def compile_apart(*wanted: Target) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if arguments:
+    is_brief = list(arguments) == ["--brief"]
+    if arguments and not is_brief:
         for target in json.loads(arguments[0]):
             print(json.dumps(compile_here(Target(**target))), flush=True)
         return 0
     groups: dict[tuple[int, str, int, bool], list[Target]] = {}
     for target in targets():
+        if is_brief and (target.capability, target.dtype, target.d_local) not in BRIEF:
+            continue
         # The portable local block is not what Hopper's host code launches.
         kind = (target.capability, target.dtype, target.d_local, target.kernel == "local_block_hopper")
         groups.setdefault(kind, []).append(target)

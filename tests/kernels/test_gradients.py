@@ -62,6 +62,7 @@ def check(case: Case, **options) -> None:
         assert error <= TOLERANCE[dtype], f"{name} is off by {error:.1e} of its largest"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residues", [(0,), (13, 0, 7), (126, 31), (520, 1)], ids=str)
 @pytest.mark.parametrize("is_last", [False, True], ids=["inner", "last"])
@@ -75,6 +76,7 @@ def test_wide_states(d_local, dtype, device):
     check(Case(config_of(d_local), (70, 3), dtype, device))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_no_worse_than_the_plain_operations_in_16_bits(dtype, device):
     case = Case(config_of(64), (150, 40), dtype, device)
@@ -89,6 +91,7 @@ def test_no_worse_than_the_plain_operations_in_16_bits(dtype, device):
     assert sorted(errors)[len(errors) // 2] <= 1.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_saving_inputs_alone_gives_the_same_bits(dtype, device):
     case = Case(config_of(32), (70, 3), dtype, device)
@@ -100,6 +103,7 @@ def test_saving_inputs_alone_gives_the_same_bits(dtype, device):
         assert torch.equal(gradient, computed[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("save", "most"), [("preactivations", 8 * 1024), ("inputs", 3 * 1024)])
 def test_what_is_kept_for_the_backward_pass(save, most, device):
     """Bytes per residue at the published width, in bfloat16, weights left out."""
@@ -124,6 +128,7 @@ def test_what_is_kept_for_the_backward_pass(save, most, device):
     assert out.local_rows.requires_grad
 
 
+@pytest.mark.slow
 def test_long_proteins_are_added_up_in_rounds(monkeypatch, device):
     for name in ("global_attention", "global_track", "protein_sums", "global_attention_backward"):
         __import__(f"proteinbert_fast.ops.kernels.{name}")

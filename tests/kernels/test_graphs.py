@@ -70,6 +70,7 @@ def test_results_outlive_the_next_replay(graphed):
     assert torch.equal(first.local_rows, kept)
 
 
+@pytest.mark.slow
 def test_weights_that_change_or_move_are_seen(graphed, device):
     batch = Tokenizer()(["MKT"])
     before = graphed(batch).local_rows
@@ -82,6 +83,7 @@ def test_weights_that_change_or_move_are_seen(graphed, device):
     check(graphed, ["MKT"], device)
 
 
+@pytest.mark.slow
 def test_what_no_graph_is_made_for_runs_as_ever(graphed, device, monkeypatch):
     monkeypatch.setattr(graphs, "MOST_ROWS", 64)
     monkeypatch.setattr(graphs, "MOST_PROTEINS", 2)

@@ -24,7 +24,7 @@ from .conftest import IS_INTERPRETED
 from .gluon_emulator import Descriptor, Emulated, EmulationError, Pointer, run
 from .test_operations import TOLERANCE, Case, close, config_of
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.slow]
 CPU = torch.device("cpu")
 HALF = [torch.bfloat16, torch.float16]
 SHIPPED = local_block_hopper.configuration(128)

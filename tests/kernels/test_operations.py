@@ -77,6 +77,7 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(ours.double(), theirs.double(), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residues", LENGTHS, ids=str)
@@ -129,6 +130,7 @@ def check(case: Case) -> None:
     assert {t.dtype for t in (track.message.query, last.residue_mean, means)} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_long_protein_is_added_up_in_rounds(monkeypatch, device):
     """With spans of 16 rows, three at a time: 1,000 rows are four rounds, and leave no trace in their neighbours."""
     for name in ("global_attention", "global_track", "protein_sums"):
@@ -156,6 +158,7 @@ def test_a_long_protein_is_added_up_in_rounds(monkeypatch, device):
             assert torch.equal(kernels.residue_mean(local[rows], case.batch[i])[0], means[i])
 
 
+@pytest.mark.slow
 def test_lengths_1_to_300_tokens_densely(device):
     """In the interpreter the shortest and every fifth, which takes long enough."""
     sizes = {"d_local": 32, "d_global": 16, "n_blocks": 1, "n_heads": 1, "d_key": 16, "kernel_size": 3}
