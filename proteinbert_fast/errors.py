@@ -15,3 +15,7 @@ class CheckpointError(ProteinBertError):
 
 class BackendError(ProteinBertError, RuntimeError):
     """A back end that was asked for and cannot run here."""
+
+
+class NonFiniteError(ProteinBertError, FloatingPointError):
+    """NaN or infinity where training needs numbers."""
