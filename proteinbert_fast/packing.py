@@ -278,6 +278,27 @@ class PackedBatch:
         batch._segments, batch._spans, batch._n_residues = None, {}, self._n_residues
         return batch
 
+    def with_tokens(self, tokens: torch.Tensor) -> "PackedBatch":
+        """A batch of the same layout with other tokens, whose values are not checked.
+
+        Args:
+            tokens: uint8 tensor (rows,) on the same device: GAP in gap rows, 0..25 in the others.
+
+        Raises:
+            InputError: the tensor has another shape or dtype, or lies on another device.
+        """
+        if tokens.shape != self.tokens.shape or tokens.dtype != torch.uint8 or tokens.device != self.device:
+            raise InputError(
+                f"packed batch: tokens must be uint8 ({self.n_rows},) on {self.device}, "
+                f"got {tokens.dtype} {tuple(tokens.shape)} on {tokens.device}"
+            )
+        batch = PackedBatch.__new__(PackedBatch)
+        for name in PackedBatch.__slots__:
+            if hasattr(self, name):  # a batch whose layout lies on the device alone has no more
+                setattr(batch, name, getattr(self, name))
+        batch.tokens, batch._n_residues = tokens, None
+        return batch
+
     def __getitem__(self, index: int | slice | Sequence[int] | npt.NDArray[Any] | torch.Tensor) -> "PackedBatch":
         """The chosen proteins as a batch.
 
