@@ -391,6 +391,25 @@ class PackedBatch:
         padded = padded.index_copy(0, target, rows.index_select(0, source))
         return padded.view(len(self), length, *rows.shape[1:])
 
+    def rows_of_padded(self, values: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``to_padded``: what belongs to the proteins' tokens as packed rows, zeros in gaps.
+
+        Args:
+            values: any tensor (batch, length, ...), with at least the longest protein's columns.
+
+        Returns:
+            Tensor (n_rows, ...) of the same dtype.
+
+        Raises:
+            InputError: the shape does not fit.
+        """
+        if values.dim() < 2 or values.shape[0] != len(self) or values.shape[1] < self._longest:
+            wanted = f"({len(self)}, {self._longest} or more, ...)"
+            raise InputError(f"packed batch: a padded tensor {tuple(values.shape)} where {wanted} is wanted")
+        target, source = self._token_rows(values.shape[1])
+        rows = values.new_zeros(self.n_rows, *values.shape[2:])
+        return rows.index_copy(0, target, values.flatten(0, 1).index_select(0, source))
+
     def _token_rows(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each token in turn: its row here, and its row in a flattened (batch, length) array."""
         protein = torch.repeat_interleave(self.lengths, output_size=self.n_tokens)

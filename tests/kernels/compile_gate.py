@@ -23,6 +23,7 @@ SHARED_MEMORY = {75: 64, 80: 163, 90: 227, 100: 227}  # KB that one program may 
 REGISTERS = 65536  # of a multiprocessor
 CAPABILITIES = tuple(SHARED_MEMORY)
 # "tf32" is float32 whose products may be rounded, by the user's setting.
+LOSSES = ("token_loss", "token_loss_backward", "annotation_loss", "annotation_slope")
 NAMES = {"float32": "fp32", "tf32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -106,6 +107,10 @@ def targets() -> list[Target]:
             found.append(Target("token_head", capability, half, 128))
             found.append(Target("first_block", capability, half, 256))
         found += [Target(name, capability, half, 128) for name in ("add_spans", "residue_mean")]
+        for dtype in (half, "float32", *(["tf32"] if is_main else [])):
+            found += [Target(name, capability, dtype, 128) for name in LOSSES]
+        if is_main:
+            found.append(Target("token_loss_backward", capability, half, 256))
     return found + hopper_targets()
 
 
@@ -132,7 +137,7 @@ def compile_here(target: Target) -> dict[str, Any]:
 
     import proteinbert_fast.ops.kernels  # noqa: F401
 
-    names = ("global_attention", "global_track", "linear", "local_block", "residue_mean")
+    names = ("global_attention", "global_track", "linear", "local_block", "losses", "residue_mean")
     modules = {name: sys.modules[f"proteinbert_fast.ops.kernels.{name}"] for name in names}
     dtype, name = getattr(torch, target.dtype.replace("tf32", "float32")), NAMES[target.dtype]
     precision = "tf32" if target.dtype == "tf32" else "ieee"
@@ -195,6 +200,18 @@ def compile_here(target: Target) -> dict[str, Any]:
                      "D": d, "WIDTH": 516, "M": 16, "CHUNK": c.chunk, "KEEP_DENOMINATOR": False, "PRECISION": precision,
                      "EPSILON": 1e-3}  # fmt: skip
         warps, stages = c.warps, c.stages
+    elif target.kernel in LOSSES:
+        module = modules["losses"]
+        kernel = getattr(module, f"{target.kernel}_kernel")
+        m, n, chunk = module.tile(capability, dtype, precision)
+        targets_type = "*i64" if target.kernel.startswith("token") else "*u8"
+        types |= dict.fromkeys(("WEIGHTS", "TERM_WEIGHTS", "LOGS", "SUMS", "GRADIENT", "DW", "DB"), "*fp32")
+        types |= {"TARGETS": targets_type, "BIAS": "*fp32"}
+        types |= dict.fromkeys(("n_inputs", "n_columns", "n_classes", "n_tiles", "first", "n_slopes"), "i32")
+        constants = {"M": m, "N": n, "C": 32, "CHUNK": chunk, "PRECISION": precision, "HAS_TERM_WEIGHTS": True,
+                     "WANTS_STATES": True, "WANTS_HEAD": True}  # fmt: skip
+        constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+        warps, stages = 4, 2 if target.kernel == "token_loss_backward" else 3
     else:
         kernel = modules["linear"].linear_kernel
         types |= {"n_inputs": "i32", "n_columns": "i32"}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from .compile_gate import Target, compile_apart, faults, hopper_targets, targets, unordered
+from .compile_gate import LOSSES, Target, compile_apart, faults, hopper_targets, targets, unordered
 
 pytestmark = pytest.mark.skipif(
     not (Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm").exists() and not shutil.which("nvdisasm"),
@@ -47,7 +47,7 @@ def test_a_crash_of_the_compiler_is_told():
 def test_every_kernel_is_in_the_gate():
     assert {t.kernel for t in targets()} == {
         "local_block", "first_block", "global_attention", "weights", "add_spans", "residue_mean", "global_track",
-        "linear", "token_head",
+        "linear", "token_head", *LOSSES,
     } | {t.kernel for t in hopper_targets()}  # fmt: skip
 
 
