@@ -62,7 +62,7 @@ for _capability in CAPABILITIES:
     BUDGETS["global_track", _capability, "float32", 128] = Budget(local_loads=140, matrix=0)
     BUDGETS["local_block", _capability, "float32", 256] = Budget(local_loads=8, matrix=0)
 # Triton computes products on Turing without its matrix units: kernels run there, slowly.
-for _kernel in ("local_block", "first_block", "global_attention", "global_track", "linear", "weights"):
+for _kernel in ("local_block", "first_block", "global_attention", "global_track", "linear", "weights", *LOSSES):
     BUDGETS[_kernel, 75, "float16", 128] = Budget(local_loads=140, matrix=0)
 
 
@@ -204,14 +204,14 @@ def compile_here(target: Target) -> dict[str, Any]:
         module = modules["losses"]
         kernel = getattr(module, f"{target.kernel}_kernel")
         m, n, chunk = module.tile(capability, dtype, precision)
-        targets_type = "*i64" if target.kernel.startswith("token") else "*u8"
         types |= dict.fromkeys(("WEIGHTS", "TERM_WEIGHTS", "LOGS", "SUMS", "GRADIENT", "DW", "DB"), "*fp32")
-        types |= {"TARGETS": targets_type, "BIAS": "*fp32"}
-        types |= dict.fromkeys(("n_inputs", "n_columns", "n_classes", "n_tiles", "first", "n_slopes"), "i32")
-        constants = {"M": m, "N": n, "C": 32, "CHUNK": chunk, "PRECISION": precision, "HAS_TERM_WEIGHTS": True,
-                     "WANTS_STATES": True, "WANTS_HEAD": True}  # fmt: skip
+        types |= {"TARGETS": "*u8", "BIAS": "*fp32"}
+        types |= dict.fromkeys(("n_columns", "n_classes", "n_tiles", "first", "n_slopes", "stride"), "i32")
+        is_token = target.kernel.startswith("token")
+        constants = {"K": d if is_token else 512, "M": m, "N": n, "C": 32, "CHUNK": chunk, "PRECISION": precision,
+                     "HAS_TERM_WEIGHTS": True, "WANTS_STATES": True, "WANTS_HEAD": True}  # fmt: skip
         constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-        warps, stages = 4, 2 if target.kernel == "token_loss_backward" else 3
+        warps, stages = 4 if is_token else 8, 2 if target.kernel == "token_loss_backward" else 3
     else:
         kernel = modules["linear"].linear_kernel
         types |= {"n_inputs": "i32", "n_columns": "i32"}

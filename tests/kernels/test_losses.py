@@ -6,8 +6,8 @@ import torch
 from proteinbert_fast.ops import kernels
 from proteinbert_fast.ops.kernels import losses
 from proteinbert_fast.ops.kernels.launching import DTYPES
-
-from .loss_cases import LossCase, check
+from tests.loss_cases import LossCase, check
+from tests.pretraining.test_losses import check_golden
 
 # Of the largest number of each tensor. float32: rounding in sums of a few thousand terms. The others: slopes are
 # rounded to 8 or 11 bits before the products that give gradients, and those are rounded once more.
@@ -38,6 +38,12 @@ def test_small_tiles_and_many_of_them(loss, size, dtype, device, monkeypatch):
     monkeypatch.setattr(losses, "_SLOPES_AT_ONCE", 32 * size[0])
     case = LossCase(loss, *size, dtype, device)
     check(case.ours(FUNCTIONS[loss]), case.right(), TOLERANCE[dtype])
+
+
+def test_golden(tiny_model, golden, device):
+    """The original's losses, and its gradients of every weight through the whole model."""
+    tiny_model.backend = "triton"
+    check_golden(tiny_model.to(device), golden)
 
 
 @pytest.mark.parametrize("loss", ["token", "annotation"])

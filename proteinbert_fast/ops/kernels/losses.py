@@ -19,16 +19,18 @@ _TILES = {True: (64, 64, 64), False: (16, 32, 16)}
 
 
 @triton.jit
-def _logits(X, W, BIAS, rows, n_rows, n_inputs, columns, n_columns, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+def _logits(
+    X, W, BIAS, rows, n_rows, columns, n_columns, K: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr
+):
     """Rows of X @ W^T + BIAS; X is (rows, inputs) in memory, W (columns, inputs). Products alone in other columns."""
     in_columns = columns < n_columns
     total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     total += tl.load(BIAS + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-    for first in range(0, n_inputs, CHUNK):
+    for first in range(0, K, CHUNK):
         k = first + tl.arange(0, CHUNK)
-        in_inputs = (k < n_inputs)[None, :]
-        x = tl.load(X + rows[:, None] * n_inputs + k[None, :], mask=(rows < n_rows)[:, None] & in_inputs, other=0.0)
-        w_at = W + columns.to(tl.int64)[:, None] * n_inputs + k[None, :]
+        in_inputs = (k < K)[None, :]
+        x = tl.load(X + rows[:, None] * K + k[None, :], mask=(rows < n_rows)[:, None] & in_inputs, other=0.0)
+        w_at = W + columns.to(tl.int64)[:, None] * K + k[None, :]
         w = tl.load(w_at, mask=in_columns[:, None] & in_inputs, other=0.0)
         total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
     return total
@@ -36,14 +38,14 @@ def _logits(X, W, BIAS, rows, n_rows, n_inputs, columns, n_columns, CHUNK: tl.co
 
 @triton.jit
 def token_loss_kernel(
-    X, W, BIAS, TARGETS, WEIGHTS, LOGS, SUMS, n_rows, n_inputs, n_classes,
-    M: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    X, W, BIAS, TARGETS, WEIGHTS, LOGS, SUMS, n_rows, n_classes,
+    K: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """M rows: LOGS, the logarithm of the sum of exponentials, and one of SUMS, of w * cross entropy."""
     rows = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     classes = tl.arange(0, C)
     inside = rows < n_rows
-    logits = _logits(X, W, BIAS, rows, n_rows, n_inputs, classes, n_classes, CHUNK, PRECISION)
+    logits = _logits(X, W, BIAS, rows, n_rows, classes, n_classes, K, CHUNK, PRECISION)
     top = tl.max(tl.where((classes < n_classes)[None, :], logits, float("-inf")), axis=1)
     e = tl.where((classes < n_classes)[None, :], tl.exp2((logits - top[:, None]) * LOG2_E), 0.0)
     logs = top + tl.log(tl.sum(e, axis=1))
@@ -59,24 +61,24 @@ def token_loss_kernel(
 
 @triton.jit
 def token_loss_backward_kernel(
-    X, W, BIAS, TARGETS, WEIGHTS, LOGS, GRADIENT, DX, DW, DB, n_rows, n_inputs, n_classes, n_tiles,
-    M: tl.constexpr, C: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    X, W, BIAS, TARGETS, WEIGHTS, LOGS, GRADIENT, DX, DW, DB, n_rows, n_classes, n_tiles,
+    K: tl.constexpr, M: tl.constexpr, C: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     WANTS_STATES: tl.constexpr, WANTS_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Program (strip, N inputs): n_tiles tiles of M rows. Their DX; the strip's DW and DB, without GRADIENT."""
     strip = tl.program_id(0).to(tl.int64)
     inputs = tl.program_id(1) * N + tl.arange(0, N)
     classes = tl.arange(0, C)
-    in_inputs = (inputs < n_inputs)[None, :]
+    in_inputs = (inputs < K)[None, :]
     in_classes = (classes < n_classes)[:, None]
     gradient = tl.load(GRADIENT).to(tl.float32)
-    w = tl.load(W + classes[:, None] * n_inputs + inputs[None, :], mask=in_classes & in_inputs, other=0.0)
+    w = tl.load(W + classes[:, None] * K + inputs[None, :], mask=in_classes & in_inputs, other=0.0)
     dw = tl.zeros((C, N), tl.float32)
     db = tl.zeros((C,), tl.float32)
     for tile in range(0, n_tiles):
         rows = (strip * n_tiles + tile) * M + tl.arange(0, M)
         inside = rows < n_rows
-        logits = _logits(X, W, BIAS, rows, n_rows, n_inputs, classes, n_classes, CHUNK, PRECISION)
+        logits = _logits(X, W, BIAS, rows, n_rows, classes, n_classes, K, CHUNK, PRECISION)
         logs = tl.load(LOGS + rows, mask=inside, other=0.0)
         weight = tl.load(WEIGHTS + rows, mask=inside, other=0.0)[:, None]
         target = tl.load(TARGETS + rows, mask=inside, other=0).to(tl.int32)
@@ -85,7 +87,7 @@ def token_loss_backward_kernel(
         slope = tl.where((weight != 0) & (classes < n_classes)[None, :], weight * slope, 0.0)
         # Without the gradient, which may be too small for float16.
         rounded = slope.to(X.dtype.element_ty)
-        at = rows[:, None] * n_inputs + inputs[None, :]
+        at = rows[:, None] * K + inputs[None, :]
         mask = inside[:, None] & in_inputs
         if WANTS_STATES:
             dx = tl.dot(rounded, w, input_precision=PRECISION) * gradient
@@ -95,7 +97,7 @@ def token_loss_backward_kernel(
             dw = tl.dot(tl.trans(rounded), x, dw, input_precision=PRECISION)
             db += tl.sum(slope, axis=0)
     if WANTS_HEAD:
-        at = (strip * n_classes + classes[:, None]) * n_inputs + inputs[None, :]
+        at = (strip * n_classes + classes[:, None]) * K + inputs[None, :]
         tl.store(DW + at, dw, mask=in_classes & in_inputs)
         if tl.program_id(1) == 0:
             tl.store(DB + strip * n_classes + classes, db, mask=classes < n_classes)
@@ -119,14 +121,15 @@ def _softplus(x):
 
 @triton.jit
 def annotation_loss_kernel(
-    X, W, BIAS, TARGETS, WEIGHTS, TERM_WEIGHTS, SUMS, n_rows, n_inputs, n_columns,
-    HAS_TERM_WEIGHTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    X, W, BIAS, TARGETS, WEIGHTS, TERM_WEIGHTS, SUMS, n_rows, n_columns,
+    HAS_TERM_WEIGHTS: tl.constexpr, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """M proteins and N terms: one of SUMS, of w * u * binary cross entropy."""
     rows = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     columns = tl.program_id(1) * N + tl.arange(0, N)
     mask = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
-    logits = _logits(X, W, BIAS, rows, n_rows, n_inputs, columns, n_columns, CHUNK, PRECISION)
+    logits = _logits(X, W, BIAS, rows, n_rows, columns, n_columns, K, CHUNK, PRECISION)
     target = tl.load(TARGETS + rows[:, None] * n_columns + columns[None, :], mask=mask, other=0).to(tl.float32)
     loss = _softplus(logits) - target * logits
     if HAS_TERM_WEIGHTS:
@@ -138,23 +141,24 @@ def annotation_loss_kernel(
 
 @triton.jit
 def annotation_slope_kernel(
-    X, W, BIAS, TARGETS, WEIGHTS, TERM_WEIGHTS, SLOPES, DB, n_rows, n_inputs, n_columns, first, n_slopes,
-    HAS_TERM_WEIGHTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    X, W, BIAS, TARGETS, WEIGHTS, TERM_WEIGHTS, SLOPES, DB, n_rows, n_columns, first, n_slopes, stride,
+    HAS_TERM_WEIGHTS: tl.constexpr, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """M proteins and N terms from ``first`` on: SLOPES (rows, n_slopes), w * u * (sigmoid - target); sums DB."""
+    """M proteins and N terms from ``first`` on: SLOPES (rows, stride), w * u * (sigmoid - target); sums DB."""
     rows = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     place = tl.program_id(1) * N + tl.arange(0, N)
     columns = first + place
     in_slopes = place < n_slopes
     mask = (rows < n_rows)[:, None] & in_slopes[None, :]
-    logits = _logits(X, W, BIAS, rows, n_rows, n_inputs, columns, n_columns, CHUNK, PRECISION)
+    logits = _logits(X, W, BIAS, rows, n_rows, columns, n_columns, K, CHUNK, PRECISION)
     target = tl.load(TARGETS + rows[:, None] * n_columns + columns[None, :], mask=mask, other=0).to(tl.float32)
     slope = 1.0 / (1.0 + tl.exp2(-logits * LOG2_E)) - target
     if HAS_TERM_WEIGHTS:
         slope *= tl.load(TERM_WEIGHTS + columns, mask=in_slopes, other=0.0)[None, :]
     weight = tl.load(WEIGHTS + rows, mask=rows < n_rows, other=0.0)[:, None]
     slope = tl.where(mask & (weight != 0), weight * slope, 0.0)
-    tl.store(SLOPES + rows[:, None] * n_slopes + place[None, :], slope.to(SLOPES.dtype.element_ty), mask=mask)
+    tl.store(SLOPES + rows[:, None] * stride + place[None, :], slope.to(SLOPES.dtype.element_ty), mask=mask)
     tl.store(DB + tl.program_id(0).to(tl.int64) * n_columns + columns, tl.sum(slope, axis=0), mask=in_slopes)
 
 
@@ -172,7 +176,7 @@ def _token_forward(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, wei
     if len(x):
         token_loss_kernel[(n_programs,)](
             x.contiguous(), weight.to(x.dtype).contiguous(), bias, targets.contiguous(), weights.contiguous(), logs,
-            sums, len(x), x.shape[1], len(weight), M=m, C=padded(len(weight)), CHUNK=chunk, PRECISION=precision,
+            sums, len(x), len(weight), K=x.shape[1], M=m, C=padded(len(weight)), CHUNK=chunk, PRECISION=precision,
             num_warps=4, num_stages=3,
         )  # fmt: skip
     return sums.sum(), logs
@@ -194,7 +198,7 @@ def _token_backward(
     if n_strips:
         token_loss_backward_kernel[(n_strips, triton.cdiv(n_inputs, n))](
             x.contiguous(), weight.to(x.dtype).contiguous(), bias, targets.contiguous(), weights.contiguous(), logs,
-            gradient, dx, dw, db, n_rows, n_inputs, n_classes, n_tiles, M=m, C=padded(n_classes), N=n, CHUNK=chunk,
+            gradient, dx, dw, db, n_rows, n_classes, n_tiles, K=n_inputs, M=m, C=padded(n_classes), N=n, CHUNK=chunk,
             PRECISION=precision, WANTS_STATES=wants_states, WANTS_HEAD=wants_head, num_warps=4, num_stages=2,
         )  # fmt: skip
     if not wants_head:
@@ -216,9 +220,9 @@ def _annotation_forward(
     if len(x):
         annotation_loss_kernel[grid](
             x.contiguous(), weight.to(x.dtype).contiguous(), bias, _as_numbers(targets), weights.contiguous(),
-            x if term_weights is None else term_weights.contiguous(), sums, len(x), x.shape[1], len(weight),
-            HAS_TERM_WEIGHTS=term_weights is not None, M=m, N=n, CHUNK=chunk, PRECISION=precision,
-            num_warps=4, num_stages=3,
+            x if term_weights is None else term_weights.contiguous(), sums, len(x), len(weight),
+            HAS_TERM_WEIGHTS=term_weights is not None, K=x.shape[1], M=m, N=n, CHUNK=chunk, PRECISION=precision,
+            num_warps=8, num_stages=3,
         )  # fmt: skip
     return sums.sum()
 
@@ -237,12 +241,15 @@ def _annotation_backward(
     most = max(_SLOPES_AT_ONCE // max(n_rows, 1) // n, 1) * n
     for first in range(0, n_columns if n_rows else 0, most):
         columns = slice(first, min(first + most, n_columns))
-        slopes = x.new_empty(n_rows, columns.stop - first)
-        annotation_slope_kernel[(triton.cdiv(n_rows, m), triton.cdiv(slopes.shape[1], n))](
+        # Rows that begin at multiples of 64: the vendor's products are slow at odd ones.
+        n_slopes = columns.stop - first
+        stride = triton.cdiv(n_slopes, 64) * 64
+        slopes = x.new_empty(n_rows, stride)[:, :n_slopes]
+        annotation_slope_kernel[(triton.cdiv(n_rows, m), triton.cdiv(n_slopes, n))](
             x, w, bias, targets, weights.contiguous(), x if term_weights is None else term_weights.contiguous(),
-            slopes, db, n_rows, x.shape[1], n_columns, first, slopes.shape[1],
-            HAS_TERM_WEIGHTS=term_weights is not None, M=m, N=n, CHUNK=chunk, PRECISION=precision,
-            num_warps=4, num_stages=3,
+            slopes, db, n_rows, n_columns, first, n_slopes, stride,
+            HAS_TERM_WEIGHTS=term_weights is not None, K=x.shape[1], M=m, N=n, CHUNK=chunk, PRECISION=precision,
+            num_warps=8, num_stages=3,
         )  # fmt: skip
         # Large plain products: nothing is faster at them than the vendor's library.
         with torch.autocast(x.device.type, enabled=False):
