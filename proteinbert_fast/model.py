@@ -357,7 +357,7 @@ class ProteinBert(nn.Module):
         gradients, device = torch.is_grad_enabled(), head.weight.device.type
         autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
-        def run(*inputs: Tensor | None) -> Tensor:
+        def run(*inputs: Tensor) -> Tensor:  # plain types: torch.compile builds this again
             with torch.set_grad_enabled(gradients), torch.autocast(device, dtype, enabled=autocast):
                 return apply(head, *inputs)
 

@@ -200,6 +200,19 @@ def test_compiles_with_the_model_as_one_graph(small_model):
     assert all(p.grad.isfinite().all() for p in small_model.parameters() if p.grad is not None)
 
 
+def test_losses_of_a_compiled_model(small_model):
+    batch, terms = Tokenizer()(SEQUENCES), torch.rand(3, 30) < 0.2
+    compiled = torch.compile(small_model, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for model in (small_model, compiled):
+        small_model.zero_grad()
+        out = model(batch)
+        (token_loss(out, batch) + annotation_loss(out, terms)).backward()
+        gradients.append([p.grad.clone() for p in small_model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
 def test_bad_input_is_refused(small_model):
     batch = Tokenizer()(SEQUENCES)
     out, padded = small_model(batch), small_model(batch.to_padded())
