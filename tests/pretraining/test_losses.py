@@ -210,7 +210,8 @@ def test_losses_of_a_compiled_model(small_model):
         (token_loss(out, batch) + annotation_loss(out, terms)).backward()
         gradients.append([p.grad.clone() for p in small_model.parameters() if p.grad is not None])
     for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+        # The compiled model runs the plain operations, the other the CPU kernels: rounding, of the largest entry.
+        torch.testing.assert_close(a, b, atol=1e-4 * float(a.abs().max()), rtol=0)
 
 
 def test_bad_input_is_refused(small_model):
