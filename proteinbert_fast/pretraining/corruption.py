@@ -196,7 +196,7 @@ def _keys(records: Records, n_proteins: int, seed: int, step: int, purpose: int,
         raise InputError(f"records must be {n_proteins} integers, one for each protein")
     if numbers.device.type == "cpu" and n_proteins and numbers.min() < 0:
         raise InputError(f"records must be numbers from 0, got {int(numbers.min())}")
-    start = int(_mixed(_mixed(torch.tensor(_signed(seed))) ^ purpose))
+    start = int(_mixed(_mixed(torch.tensor(_signed(seed), device="cpu")) ^ purpose))
     return _mixed(_mixed(numbers.to(device).long() ^ start) ^ step)
 
 

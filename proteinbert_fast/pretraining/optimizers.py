@@ -58,7 +58,7 @@ class _Moments(Optimizer):
                 state = self.state[p]
                 if not state:
                     dtype = torch.promote_types(p.dtype, torch.float32)
-                    state["step"] = torch.tensor(0.0)
+                    state["step"] = torch.tensor(0.0, device="cpu")  # read at every step
                     state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
                     state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
                 state["step"] += 1
@@ -98,7 +98,10 @@ class _Moments(Optimizer):
             for name, value in self.state.get(p, {}).items():
                 # The base class has cast moments to their parameter's dtype, and shares what it need not cast.
                 source = state_dict["state"][number][name] if name != "step" and dtype != p.dtype else value
-                self.state[p][name] = source.detach().to(value.device, dtype if name != "step" else None, copy=True)
+                if name == "step":
+                    self.state[p][name] = source.detach().to("cpu", copy=True)
+                else:
+                    self.state[p][name] = source.detach().to(value.device, dtype, copy=True)
 
 
 class Lamb(_Moments):
@@ -223,7 +226,7 @@ def with_moments(optimizer: Optimizer, model: nn.Module, moments: OptimizerState
             raise InputError(f"the checkpoint has no moments of {name}")
         if first.shape != p.shape or second.shape != p.shape:
             raise InputError(f"moments of {name} are {tuple(first.shape)}, the parameter is {tuple(p.shape)}")
-        step = torch.tensor(float(moments.iteration))
+        step = torch.tensor(float(moments.iteration), device="cpu")
         state[number] = {"step": step, "exp_avg": first.clone(), "exp_avg_sq": second.clone()}
     return {**optimizer.state_dict(), "state": state}
 

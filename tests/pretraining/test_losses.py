@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from proteinbert_fast import InputError, PackedBatch, ProteinBert, Tokenizer
 from proteinbert_fast.checkpoints.layouts import weight_layouts
 from proteinbert_fast.ops import reference
-from proteinbert_fast.pretraining.corruption import corrupt_tokens
+from proteinbert_fast.pretraining.corruption import corrupt_annotations, corrupt_tokens
 from proteinbert_fast.pretraining.losses import annotation_loss, token_loss
+from proteinbert_fast.pretraining.optimizers import KerasAdam, Lamb, check_gradients
 from tests.test_golden import BACKENDS, as_tensor
 
 SEQUENCES = ["MKTAYIAKQRQISFVKSHFSRQ", "M", "ACDEFGHIKLMNPQRSTVWY" * 3]
@@ -212,6 +213,24 @@ def test_losses_of_a_compiled_model(small_model):
     for a, b in zip(*gradients, strict=True):
         # The compiled model runs the plain operations, the other the CPU kernels: rounding, of the largest entry.
         torch.testing.assert_close(a, b, atol=1e-4 * float(a.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("kind", [Lamb, KerasAdam])
+def test_a_few_steps_learn_a_few_proteins(small_model, kind):
+    """Losses, optimiser and corruption together: both losses fall by more than half."""
+    clean, terms = Tokenizer()(SEQUENCES), (torch.tensor([3, 7, 29]), torch.tensor([0, 2, 2]))
+    optimizer, losses = kind(small_model.parameters(), lr=1e-2), []
+    for step in range(60):
+        shown = corrupt_annotations(terms, 30, range(3), seed=0, step=step)
+        out = small_model(corrupt_tokens(clean, range(3), seed=0, step=step), shown)
+        both = token_loss(out, clean), annotation_loss(out, terms, form="weighted_mean")
+        losses.append([loss.item() for loss in both])
+        optimizer.zero_grad()
+        sum(both).backward()
+        assert check_gradients(small_model)
+        optimizer.step()
+    first, last = losses[0], np.mean(losses[-5:], axis=0)
+    assert (last < np.array(first) / 2).all()
 
 
 def test_bad_input_is_refused(small_model):
