@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from proteinbert_fast.errors import BackendError as BackendError
     from proteinbert_fast.errors import CheckpointError as CheckpointError
     from proteinbert_fast.errors import InputError as InputError
+    from proteinbert_fast.errors import NonFiniteError as NonFiniteError
     from proteinbert_fast.errors import ProteinBertError as ProteinBertError
     from proteinbert_fast.graphs import GraphedForward as GraphedForward
     from proteinbert_fast.model import ProteinBert as ProteinBert
@@ -33,6 +34,7 @@ _HOMES = {
     "CheckpointError": "errors",
     "GraphedForward": "graphs",
     "InputError": "errors",
+    "NonFiniteError": "errors",
     "PackedBatch": "packing",
     "PaddedOutput": "outputs",
     "ProteinBert": "model",

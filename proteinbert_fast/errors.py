@@ -17,6 +17,10 @@ class BackendError(ProteinBertError, RuntimeError):
     """A back end that was asked for and cannot run here."""
 
 
+class NonFiniteError(ProteinBertError, FloatingPointError):
+    """NaN or infinity where training needs numbers."""
+
+
 def first_line(error: BaseException) -> str:
     """An error of another library in a line: its kind, and the first line of what it says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

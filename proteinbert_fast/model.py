@@ -347,8 +347,12 @@ class ProteinBert(nn.Module):
             attentions=tuple(attention_layers) if attentions else None,
             local_mean=mean,
             heads=Heads(
-                self._head(self.token_head, operations.token_logits, operations.token_probabilities),
-                self._head(self.annotation_head, operations.go_logits, operations.go_probabilities),
+                self._head(
+                    self.token_head, operations.token_logits, operations.token_probabilities, operations.token_loss
+                ),
+                self._head(
+                    self.annotation_head, operations.go_logits, operations.go_probabilities, operations.annotation_loss
+                ),
                 operations.sigmoid,
                 operations.residue_mean,
             ),
@@ -359,17 +363,19 @@ class ProteinBert(nn.Module):
         layer: nn.Linear,
         logits: Callable[[nn.Linear, Tensor], Tensor],
         probabilities: Callable[[nn.Linear, Tensor], Tensor] | None,
+        loss: Callable[..., Tensor],
     ) -> Head:
-        return Head(self._later(logits, layer), probabilities and self._later(probabilities, layer))
+        later = probabilities and self._later(probabilities, layer)
+        return Head(self._later(logits, layer), later, self._later(loss, layer), layer.out_features)
 
-    def _later(self, apply: Callable[[nn.Linear, Tensor], Tensor], head: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def _later(self, apply: Callable[..., Tensor], head: nn.Linear) -> Callable[..., Tensor]:
         """A head to be run when its result is first read, with gradients and autocast as they are now."""
         gradients, device = torch.is_grad_enabled(), head.weight.device.type
         autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
-        def run(states: Tensor) -> Tensor:
+        def run(*inputs: Tensor) -> Tensor:  # plain types: torch.compile builds this again
             with torch.set_grad_enabled(gradients), torch.autocast(device, dtype, enabled=autocast):
-                return apply(head, states)
+                return apply(head, *inputs)
 
         return run
 

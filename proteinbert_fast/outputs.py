@@ -42,10 +42,14 @@ class Head(NamedTuple):
     Attributes:
         logits: of states.
         probabilities: of states, in one step; None where they are made of the logits.
+        loss: of states, targets and weights: the weighted sum of cross entropies; ``pretraining.losses`` has the means.
+        n_outputs: classes or terms.
     """
 
     logits: Callable[[Tensor], Tensor]
     probabilities: Callable[[Tensor], Tensor] | None
+    loss: Callable[..., Tensor]
+    n_outputs: int
 
 
 class Heads(NamedTuple):
@@ -170,14 +174,15 @@ class PaddedOutput:
 
     Attributes:
         packed: the same answer over packed rows.
+        length: L.
     """
 
     def __init__(self, packed: ProteinBertOutput, length: int) -> None:
         self.packed = packed
-        self._length = length
+        self.length = length
 
     def _padded(self, rows: Tensor) -> Tensor:
-        return self.packed.batch.to_padded(rows, length=self._length)
+        return self.packed.batch.to_padded(rows, length=self.length)
 
     @cached_property
     def local(self) -> Tensor:

@@ -278,6 +278,27 @@ class PackedBatch:
         batch._segments, batch._spans, batch._n_residues = None, {}, self._n_residues
         return batch
 
+    def with_tokens(self, tokens: torch.Tensor) -> "PackedBatch":
+        """A batch of the same layout with other tokens, whose values are not checked.
+
+        Args:
+            tokens: uint8 tensor (rows,) on the same device: GAP in gap rows, 0..25 in the others.
+
+        Raises:
+            InputError: the tensor has another shape or dtype, or lies on another device.
+        """
+        if tokens.shape != self.tokens.shape or tokens.dtype != torch.uint8 or tokens.device != self.device:
+            raise InputError(
+                f"packed batch: tokens must be uint8 ({self.n_rows},) on {self.device}, "
+                f"got {tokens.dtype} {tuple(tokens.shape)} on {tokens.device}"
+            )
+        batch = PackedBatch.__new__(PackedBatch)
+        for name in PackedBatch.__slots__:
+            if hasattr(self, name):  # a batch whose layout lies on the device alone has no more
+                setattr(batch, name, getattr(self, name))
+        batch.tokens, batch._n_residues = tokens, None
+        return batch
+
     def __getitem__(self, index: int | slice | Sequence[int] | npt.NDArray[Any] | torch.Tensor) -> "PackedBatch":
         """The chosen proteins as a batch.
 
@@ -369,6 +390,25 @@ class PackedBatch:
         source, target = self._token_rows(length)
         padded = padded.index_copy(0, target, rows.index_select(0, source))
         return padded.view(len(self), length, *rows.shape[1:])
+
+    def rows_of_padded(self, values: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``to_padded``: what belongs to the proteins' tokens as packed rows, zeros in gaps.
+
+        Args:
+            values: any tensor (batch, length, ...), with at least the longest protein's columns.
+
+        Returns:
+            Tensor (n_rows, ...) of the same dtype.
+
+        Raises:
+            InputError: the shape does not fit.
+        """
+        if values.dim() < 2 or values.shape[0] != len(self) or values.shape[1] < self._longest:
+            wanted = f"({len(self)}, {self._longest} or more, ...)"
+            raise InputError(f"packed batch: a padded tensor {tuple(values.shape)} where {wanted} is wanted")
+        target, source = self._token_rows(values.shape[1])
+        rows = values.new_zeros(self.n_rows, *values.shape[2:])
+        return rows.index_copy(0, target, values.flatten(0, 1).index_select(0, source))
 
     def _token_rows(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each token in turn: its row here, and its row in a flattened (batch, length) array."""

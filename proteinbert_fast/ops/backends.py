@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from proteinbert_fast.config import ProteinBertConfig
 from proteinbert_fast.errors import BackendError, InputError
-from proteinbert_fast.ops import cpu, reference
+from proteinbert_fast.ops import cpu, losses, reference
 from proteinbert_fast.ops.reference import (
     Attended,
     Embedded,
@@ -45,6 +45,9 @@ class Operations:
         token_logits: the token head on (R, D).
         go_logits: the GO head on (B, G).
         sigmoid: of (B, N).
+        token_loss: of the token head, (R, D), targets and weights (R,): ``reference.token_loss_sum``.
+        annotation_loss: of the GO head, (B, G), targets (B, N), weights (B,) and the terms' weights (N,) or None:
+            ``reference.annotation_loss_sum``.
         token_probabilities: the token head and a softmax in one, float32; None where it is two steps.
         go_probabilities: the GO head and a sigmoid in one, float32; None where it is two steps.
     """
@@ -59,6 +62,8 @@ class Operations:
     token_logits: Callable[[nn.Linear, Tensor], Tensor]
     go_logits: Callable[[nn.Linear, Tensor], Tensor]
     sigmoid: Callable[[Tensor], Tensor]
+    token_loss: Callable[[nn.Linear, Tensor, Tensor, Tensor], Tensor]
+    annotation_loss: Callable[[nn.Linear, Tensor, Tensor, Tensor, Tensor | None], Tensor]
     token_probabilities: Callable[[nn.Linear, Tensor], Tensor] | None = None
     go_probabilities: Callable[[nn.Linear, Tensor], Tensor] | None = None
 
@@ -124,6 +129,16 @@ def _whole(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     return function(*rows)
 
 
+def _reference_token_loss(layer: nn.Linear, states: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    return reference.token_loss_sum(states, layer.weight, layer.bias, targets, weights)
+
+
+def _reference_annotation_loss(
+    layer: nn.Linear, states: Tensor, targets: Tensor, weights: Tensor, term_weights: Tensor | None = None
+) -> Tensor:
+    return reference.annotation_loss_sum(states, layer.weight, layer.bias, targets, weights, term_weights)
+
+
 REFERENCE = Operations(
     "reference",
     local_block=_reference_local_block,
@@ -135,6 +150,8 @@ REFERENCE = Operations(
     token_logits=_whole,
     go_logits=_whole,
     sigmoid=torch.sigmoid,
+    token_loss=_reference_token_loss,
+    annotation_loss=_reference_annotation_loss,
 )
 CPU = Operations(
     "cpu",
@@ -148,6 +165,8 @@ CPU = Operations(
     go_logits=cpu.in_groups,
     # PyTorch computes the last few numbers of an array by another formula: one protein to an array.
     sigmoid=partial(cpu.in_groups, torch.sigmoid, size=1),
+    token_loss=losses.token_loss,
+    annotation_loss=losses.annotation_loss,
 )
 
 
@@ -171,6 +190,8 @@ def _triton() -> Operations:
                 token_logits=partial(kernels.head, by_row=True),
                 go_logits=kernels.head,
                 sigmoid=torch.sigmoid,
+                token_loss=kernels.token_loss,
+                annotation_loss=kernels.annotation_loss,
                 token_probabilities=partial(kernels.head, activation="softmax", out_dtype=torch.float32, by_row=True),
                 go_probabilities=partial(kernels.head, activation="sigmoid", out_dtype=torch.float32),
             )

@@ -317,3 +317,41 @@ def annotation_loss(logits: Tensor, annotations: Tensor, weights: Tensor) -> Ten
     """
     entropy = F.binary_cross_entropy_with_logits(logits, annotations.to(logits.dtype), reduction="none")
     return (weights * entropy.mean(-1)).mean()
+
+
+def token_loss_sum(states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """``sum over rows of w * cross entropy`` of the token head, from the states; at least float32.
+
+    Args:
+        states: (R, D).
+        weight: (C, D), the head's.
+        bias: (C,).
+        targets: (R,) integers, the true classes; not looked at where the weight is 0.
+        weights: (R,), constants.
+    """
+    logits = F.linear(states, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = targets.long().where(weights != 0, -100)
+    return (weights.detach() * F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")).sum()
+
+
+def annotation_loss_sum(
+    states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, weights: Tensor, term_weights: Tensor | None = None
+) -> Tensor:
+    """``sum over proteins and terms of w_b * u_n * binary cross entropy`` of the GO head, from the states.
+
+    At least float32.
+
+    Args:
+        states: (B, G).
+        weight: (N, G), the head's.
+        bias: (N,).
+        targets: (B, N), from 0 to 1: the true terms.
+        weights: (B,), w, constants.
+        term_weights: (N,), u, constants; 1 when None.
+    """
+    logits = F.linear(states, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = targets.to(logits.dtype)
+    entropy = F.binary_cross_entropy_with_logits(logits, targets, term_weights, reduction="none")
+    return (weights.detach() * entropy.sum(-1)).sum()

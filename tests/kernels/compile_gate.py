@@ -33,6 +33,7 @@ BACKWARD = (
     "attention_rows_gradient", "attention_weights_gradient", "global_track_gradient",
 )  # fmt: skip
 SUMS = ("add_spans", "row_sums", "add_parts")
+LOSSES = ("token_loss", "token_loss_backward", "annotation_loss", "annotation_slope")
 # Capability, dtype and width of what --brief compiles.
 BRIEF = {(c, "bfloat16", 128) for c in (80, 90, 100)} | {(80, "float32", 128), (90, "tf32", 128)}
 
@@ -115,7 +116,9 @@ def targets() -> list[Target]:
     """Every kernel on every kind of GPU, in the dtypes and widths in which its code differs."""
     found = [Target(name, 75, "float16", 128) for name in (*FORWARD, "pointwise", "weight_gradient")]
     for capability in (80, 90, 100):
-        found += [Target(name, capability, "bfloat16", 128) for name in (*FORWARD, *BACKWARD, *SUMS, "token_head")]
+        found += [
+            Target(name, capability, "bfloat16", 128) for name in (*FORWARD, *BACKWARD, *LOSSES, *SUMS, "token_head")
+        ]
     for capability in (80, 90):
         for d_local in (32, 64, 256):
             found += [Target(name, capability, "bfloat16", d_local) for name in ("local_block", "global_attention")]
@@ -123,7 +126,7 @@ def targets() -> list[Target]:
             found.append(Target(name, capability, "bfloat16", 256))
         found += [Target(name, capability, "float16", 128) for name in ("local_block", "first_block")]
         found += [Target(name, capability, "tf32", 128) for name in ("local_block", "first_block", "global_attention")]
-    found += [Target(name, 80, "float32", 128) for name in (*FORWARD, *BACKWARD)]
+    found += [Target(name, 80, "float32", 128) for name in (*FORWARD, *BACKWARD, *LOSSES)]
     found += [Target(name, 90, "float32", d) for name in ("local_block", "global_attention") for d in (128, 256)]
     return found + hopper_targets()
 
@@ -202,7 +205,8 @@ def launches(target: Target) -> dict[str, Launch]:
     batch = Tokenizer()(["M" * 17_000, "M" * 40])  # so long that spans are added up in rounds
     table = torch.zeros(26, config.d_local, dtype=dtype, requires_grad=True)
     state = torch.zeros(2, config.d_global, dtype=dtype)
-    head = torch.nn.Linear(config.d_local, 26, dtype=dtype)
+    token_head = torch.nn.Linear(config.d_local, 26, dtype=dtype)
+    go_head = torch.nn.Linear(config.d_global, 100, dtype=dtype)
     local_weights, global_weights, following = block.local_weights(), block.global_weights(), block.message_weights()
     with (
         patch.object(JITFunction, "__getitem__", lambda kernel, grid: partial(record, kernel)),
@@ -220,11 +224,14 @@ def launches(target: Target) -> dict[str, Launch]:
                 _, local = kernels.local_block(x, message.broadcast, batch, local_weights, 5)
                 track = kernels.global_track(local, state, message, batch, global_weights, following, 4)
                 last = kernels.global_track(local, track.global_state, track.message, batch, global_weights, None, 4)
-        last.global_state.sum().backward()
+        tokens, terms, ones = batch.tokens.clamp(max=25), torch.zeros(2, 100), torch.ones(batch.n_rows)
+        loss = kernels.token_loss(token_head, local, tokens, ones)
+        loss = loss + kernels.annotation_loss(go_head, last.global_state, terms, ones[:2], ones[:100])
+        loss.backward()
         with torch.no_grad():
             kernels.global_track(local, state, message, batch, global_weights, None, 4, return_attention=True)
             kernels.residue_mean(local, batch)
-            kernels.head(head, local, "softmax", torch.float32, by_row=True)
+            kernels.head(token_head, local, "softmax", torch.float32, by_row=True)
     return found
 
 

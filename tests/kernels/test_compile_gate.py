@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 import triton
 
-from .compile_gate import BACKWARD, FORWARD, SUMS, Target, compile_apart, faults, hopper_targets, targets, unordered
+from .compile_gate import (
+    BACKWARD,
+    FORWARD,
+    LOSSES,
+    SUMS,
+    Target,
+    compile_apart,
+    faults,
+    hopper_targets,
+    targets,
+    unordered,
+)
 
 pytestmark = pytest.mark.skipif(
     not (Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm").exists() and not shutil.which("nvdisasm"),
@@ -49,7 +60,7 @@ def test_a_crash_of_the_compiler_is_told():
 
 def test_every_kernel_is_in_the_gate():
     assert {t.kernel for t in targets()} == {
-        *FORWARD, *BACKWARD, *SUMS, "token_head",
+        *FORWARD, *BACKWARD, *LOSSES, *SUMS, "token_head",
     } | {t.kernel for t in hopper_targets()}  # fmt: skip
 
 

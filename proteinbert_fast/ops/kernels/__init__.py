@@ -7,15 +7,18 @@ from proteinbert_fast.ops.kernels.global_track import global_track
 from proteinbert_fast.ops.kernels.launching import DTYPES, OLDEST, capability, is_interpreted
 from proteinbert_fast.ops.kernels.linear import head, message, sum_annotations
 from proteinbert_fast.ops.kernels.local_block import CHANNELS, local_block
+from proteinbert_fast.ops.kernels.losses import annotation_loss, token_loss
 from proteinbert_fast.ops.kernels.protein_sums import residue_mean
 
 __all__ = [
+    "annotation_loss",
     "global_track",
     "head",
     "local_block",
     "message",
     "residue_mean",
     "sum_annotations",
+    "token_loss",
     "unsupported",
 ]
 

@@ -1,0 +1,1 @@
+"""Pretraining: losses, optimisers, corruption of inputs."""
