@@ -55,6 +55,8 @@ class GpuSettings:
         latency_residues: of the protein whose latency is measured.
         latency_calls: single calls that are timed.
         kernel_tokens: of the batch on which kernels are timed alone.
+        training_rows: of the batch of a training step.
+        training_compile_before: seconds after which no other code is compiled for training any more.
         is_trial: sizes and clocks are not for numbers worth keeping; reports say so.
     """
 
@@ -91,6 +93,8 @@ class GpuSettings:
     latency_residues: int = 350
     latency_calls: int = 300
     kernel_tokens: int = 1_000_000
+    training_rows: int = 524_288
+    training_compile_before: float = 240.0
     is_trial: bool = False
 
     def tiny(self) -> "GpuSettings":
@@ -125,6 +129,7 @@ class GpuSettings:
             latency_residues=10,
             latency_calls=2,
             kernel_tokens=60,
+            training_rows=120,
             is_trial=True,
         )
 

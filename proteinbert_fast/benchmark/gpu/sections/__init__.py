@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from proteinbert_fast.benchmark.gpu.bench import Bench
     from proteinbert_fast.benchmark.timing import Row
 
-SECTIONS = ("checks", "machine", "kernels", "long", "latency", "forward", "compiled", "profile")
+SECTIONS = ("checks", "machine", "kernels", "long", "latency", "forward", "training", "compiled", "profile")
 
 
 def title(name: str) -> str:
