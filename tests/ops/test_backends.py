@@ -7,7 +7,7 @@ import torch
 
 from proteinbert_fast import ProteinBert, ProteinBertConfig, self_check
 from proteinbert_fast.errors import BackendError
-from proteinbert_fast.ops import backends
+from proteinbert_fast.ops import backends, reference
 
 CONFIG = ProteinBertConfig(n_annotations=5)
 GPU = torch.device("cuda")
@@ -51,6 +51,7 @@ def test_kernels_that_fail_their_self_check_are_not_used(monkeypatch, difference
     fake = backends.Operations(**{**vars(backends.REFERENCE), "name": "triton"})
     monkeypatch.setattr(backends, "_triton", lambda: fake)
     monkeypatch.setattr(self_check, "difference", difference)
+    monkeypatch.setattr(self_check, "gradient_difference", lambda *_: 0.0)
     model = ProteinBert(CONFIG)
     with pytest.warns(RuntimeWarning, match=says) as said:
         report = model.backend_report()
@@ -69,11 +70,40 @@ def test_kernels_that_pass_are_used_and_checked_once_for_each_dtype(monkeypatch)
     monkeypatch.setattr(backends, "_triton", lambda: fake)
     checked = []
     monkeypatch.setattr(self_check, "difference", lambda *kind: checked.append(kind) or 0.0)
+    monkeypatch.setattr(self_check, "gradient_difference", lambda *_: 0.0)
     model = ProteinBert(CONFIG)
     for _ in range(2):
         assert model.backend_report() == "triton (the device is a CUDA GPU, and sizes and dtype fit)"
     model.bfloat16().backend_report()
     assert [dtype for _, _, dtype in checked] == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_wrong_gradients_are_found_where_they_are_wanted(monkeypatch):
+    monkeypatch.setattr(self_check, "difference", lambda *_: 0.0)
+    monkeypatch.setattr(self_check, "gradient_difference", lambda *_: 0.2)
+    cpu = torch.device("cpu")
+    with torch.no_grad():
+        assert self_check.complaint(cpu, CONFIG, torch.float32) is None
+    with pytest.warns(RuntimeWarning, match="gradients are off by 2.0e-01 of their length, allowed 0.001"):
+        assert self_check.complaint(cpu, CONFIG, torch.float32)
+
+
+def test_gradients_of_the_cpu_back_end_pass(monkeypatch):
+    cpu = torch.device("cpu")
+    assert self_check.gradient_difference(cpu, CONFIG, torch.float32, backend="cpu") < 1e-4
+    monkeypatch.setattr(
+        backends, "CPU", backends.Operations(**{**vars(backends.CPU), "message": lambda *a: _half(cpu_message(*a))})
+    )
+    assert self_check.gradient_difference(cpu, CONFIG, torch.float32, backend="cpu") > 0.01
+
+
+def cpu_message(*arguments):
+    return reference.message(*arguments)
+
+
+def _half(message):
+    return reference.Message(message.query, 0.5 * message.broadcast)
 
 
 def test_the_check_itself_sees_a_wrong_back_end(monkeypatch):
