@@ -181,10 +181,9 @@ def launches(target: Target) -> dict[str, Launch]:
     from proteinbert_fast.ops.reference import Embedded
 
     is_hopper = target.is_hopper
-    is_gradient = target.kernel == "convolution_gradient_hopper"
-    module = import_module(
-        f"proteinbert_fast.ops.kernels.local_block{'_backward' * is_gradient}{'_hopper' * is_hopper}"
-    )
+    forward = "proteinbert_fast.ops.kernels.local_block"
+    backward = f"{forward}_backward"
+    module = import_module((backward if "gradient_hopper" in target.kernel else forward) + "_hopper" * is_hopper)
     shipped = module.configuration
 
     found: dict[str, Launch] = {}
@@ -222,11 +221,8 @@ def launches(target: Target) -> dict[str, Launch]:
         patch.object(JITFunction, "__getitem__", lambda kernel, grid: partial(record, kernel)),
         patch.object(launching, "capability", lambda index: target.capability),
         patch.object(module, "configuration", lambda *a: shipped(*a)._replace(**target.changes)),
-        patch.object(
-            import_module("proteinbert_fast.ops.kernels.local_block"),
-            "portable_because",
-            lambda *a: None if is_hopper else "wanted",
-        ),
+        patch.object(import_module(forward), "portable_because", lambda *a: None if is_hopper else "wanted"),
+        patch.object(import_module(backward), "portable_because", lambda *a: None if is_hopper else "wanted"),
     ):
         for training in (False, True):
             with torch.set_grad_enabled(training):
@@ -371,7 +367,8 @@ def compile_apart(*wanted: Target) -> list[dict[str, Any]]:
         environment = os.environ | {"TRITON_CACHE_DIR": cache, "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_INTERPRET": "0"}
         command = [sys.executable, "-m", "tests.kernels.compile_gate", json.dumps([asdict(t) for t in wanted])]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    found: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
+    # Between them, what the compiler says of code that it fails on.
+    found: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
     if len(found) < len(wanted):
         found.append({"crashed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]})
     rest = wanted[len(found) :]
