@@ -32,6 +32,7 @@ BACKWARD = (
     "convolution_gradient", "weight_gradient", "dense_weight_gradient", "first_weight_gradient",
     "attention_rows_gradient", "attention_weights_gradient", "global_track_gradient",
 )  # fmt: skip
+HOPPER = ("local_block_hopper", "local_block_hopper_for_training", "convolution_gradient_hopper")
 SUMS = ("add_spans", "row_sums", "add_parts")
 LOSSES = ("token_loss", "token_loss_backward", "annotation_loss", "annotation_slope")
 # Capability, dtype and width of what --brief compiles.
@@ -71,6 +72,12 @@ BUDGETS: dict[tuple[str, int, str, int], Budget] = {
     ("local_block_hopper", 90, "bfloat16", 64): Budget(programs=2),
     ("local_block_hopper", 90, "bfloat16", 128): Budget(local_loads=8, programs=2),
     ("local_block_hopper", 90, "float16", 128): Budget(local_loads=8, programs=2),
+    ("local_block_hopper_for_training", 90, "bfloat16", 64): Budget(programs=2),
+    ("local_block_hopper_for_training", 90, "bfloat16", 128): Budget(local_loads=12, programs=2),
+    ("local_block_hopper_for_training", 90, "float16", 128): Budget(local_loads=12, programs=2),
+    ("convolution_gradient_hopper", 90, "bfloat16", 64): Budget(programs=2),
+    ("convolution_gradient_hopper", 90, "bfloat16", 128): Budget(programs=2),
+    ("convolution_gradient_hopper", 90, "float16", 128): Budget(programs=2),
 }
 for _capability in CAPABILITIES:
     # Small: 16 proteins' states take all registers, and little time.
@@ -107,6 +114,11 @@ class Target:
         return f"sm_{self.capability} {self.kernel} {self.dtype} d_local {self.d_local}"
 
     @property
+    def is_hopper(self) -> bool:
+        """Whether it is written for Hopper, in Gluon."""
+        return "hopper" in self.kernel
+
+    @property
     def budget(self) -> Budget:
         default = Budget(matrix=0 if self.dtype == "float32" or self.kernel in SUMS else 1)
         return BUDGETS.get((self.kernel, self.capability, self.dtype, self.d_local), default)
@@ -132,15 +144,16 @@ def targets() -> list[Target]:
 
 
 def hopper_targets() -> list[Target]:
-    """Of the local block's own kernel for Hopper, under versions of Triton that can compile it."""
+    """Of the local block's own kernels for Hopper, under versions of Triton that can compile it."""
     import torch
 
     from proteinbert_fast.ops.kernels.local_block import portable_because
 
     sizes = (("bfloat16", 64), ("bfloat16", 128), ("float16", 128))
     return [
-        Target("local_block_hopper", 90, dtype, d_local)
+        Target(name, 90, dtype, d_local)
         for dtype, d_local in sizes
+        for name in HOPPER
         if portable_because(90, d_local, getattr(torch, dtype)) is None
     ]
 
@@ -172,8 +185,10 @@ def launches(target: Target) -> dict[str, Launch]:
     from proteinbert_fast.ops.kernels import launching
     from proteinbert_fast.ops.reference import Embedded
 
-    is_hopper = target.kernel == "local_block_hopper"
-    module = import_module(f"proteinbert_fast.ops.kernels.{'local_block_hopper' if is_hopper else 'local_block'}")
+    is_hopper = target.is_hopper
+    forward = "proteinbert_fast.ops.kernels.local_block"
+    backward = f"{forward}_backward"
+    module = import_module((backward if "gradient_hopper" in target.kernel else forward) + "_hopper" * is_hopper)
     shipped = module.configuration
 
     found: dict[str, Launch] = {}
@@ -212,9 +227,8 @@ def launches(target: Target) -> dict[str, Launch]:
         patch.object(JITFunction, "__getitem__", lambda kernel, grid: partial(record, kernel)),
         patch.object(launching, "capability", lambda index: target.capability),
         patch.object(module, "configuration", lambda *a: shipped(*a)._replace(**target.changes)),
-        patch.object(
-            import_module("proteinbert_fast.ops.kernels.local_block"), "portable_because", lambda *a: not is_hopper
-        ),
+        patch.object(import_module(forward), "portable_because", lambda *a: None if is_hopper else "wanted"),
+        patch.object(import_module(backward), "portable_because", lambda *a: None if is_hopper else "wanted"),
     ):
         for training in (False, True):
             with torch.set_grad_enabled(training):
@@ -255,13 +269,13 @@ def compile_here(target: Target) -> dict[str, Any]:
     from triton.compiler import ASTSource
 
     kernel, signature, constants, options = launches(target)[target.kernel]
-    if target.kernel == "local_block_hopper":
+    if target.is_hopper:
         from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", target.capability, 32), options=options)
     found = counts(compiled.asm["cubin"])
-    if target.kernel == "local_block_hopper":
+    if target.is_hopper:
         found["unordered"] = unordered(compiled.asm["ptx"])
     return found | {
         "shared_memory": compiled.metadata.shared, "threads": options["num_warps"] * 32, "triton": triton.__version__,
@@ -348,7 +362,7 @@ def faults(target: Target, found: dict[str, Any]) -> list[str]:
         lines.append(f"{fit} programs on a multiprocessor, {budget.programs} wanted")
     if found.get("unordered"):
         lines.append(f"{found['unordered']} accesses to shared memory that no barrier keeps apart")
-    if target.capability == 90 and target.kernel.startswith("local_block") and budget.matrix:
+    if target.capability == 90 and target.kernel.startswith(("local_block", "convolution_gradient")) and budget.matrix:
         if not found["wgmma"]:
             lines.append("wgmma was lost")
         elif found["warpgroup"] > found["wgmma"] + 4:
@@ -362,7 +376,8 @@ def compile_apart(*wanted: Target) -> list[dict[str, Any]]:
         environment = os.environ | {"TRITON_CACHE_DIR": cache, "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_INTERPRET": "0"}
         command = [sys.executable, "-m", "tests.kernels.compile_gate", json.dumps([asdict(t) for t in wanted])]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    found: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
+    # Between them, what the compiler says of code that it fails on.
+    found: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
     if len(found) < len(wanted):
         found.append({"crashed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]})
     rest = wanted[len(found) :]
@@ -380,7 +395,7 @@ def main(arguments: Sequence[str]) -> int:
         if is_brief and (target.capability, target.dtype, target.d_local) not in BRIEF:
             continue
         # The portable local block is not what Hopper's host code launches.
-        kind = (target.capability, target.dtype, target.d_local, target.kernel == "local_block_hopper")
+        kind = (target.capability, target.dtype, target.d_local, target.is_hopper)
         groups.setdefault(kind, []).append(target)
     total = bad = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:

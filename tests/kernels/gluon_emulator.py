@@ -1,4 +1,4 @@
-"""Runs a Gluon kernel for Hopper on the CPU: the operations that ``local_block_hopper.py`` uses, and no others.
+"""Runs a Gluon kernel for Hopper on the CPU: the operations that the local block's kernels use, and no others.
 
 Triton's interpreter does not know Gluon. Here a kernel's own Python code runs with these operations in place of
 Gluon's, one program after another, on tiles that are torch tensors. Shared memory is bytes at addresses, and layouts

@@ -66,16 +66,19 @@ def test_every_kernel_is_in_the_gate():
 
 @pytest.mark.skipif(not hopper_targets(), reason="this version of Triton cannot compile the kernel")
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("kernel", "changes", "says"),
     [
-        ({}, None),
-        ({"stages": 5}, "1 programs on a multiprocessor, 2 wanted"),
-        ({"registers": 96}, "loads of spilled registers, 8 allowed"),
-        ({"rows": 256, "stages": 7}, "bytes of shared memory, the chip has 232,448"),
+        ("local_block_hopper", {}, None),
+        ("local_block_hopper", {"stages": 5}, "1 programs on a multiprocessor, 2 wanted"),
+        ("local_block_hopper", {"registers": 96}, "loads of spilled registers, 8 allowed"),
+        ("local_block_hopper", {"rows": 256, "stages": 7}, "bytes of shared memory, the chip has 232,448"),
+        ("local_block_hopper_for_training", {}, None),
+        ("convolution_gradient_hopper", {}, None),
+        ("convolution_gradient_hopper", {"stages": 5}, "1 programs on a multiprocessor, 2 wanted"),
     ],
 )
-def test_the_kernel_for_hopper(changes, says):
-    target = Target("local_block_hopper", 90, "bfloat16", 128, changes)
+def test_the_kernels_for_hopper(kernel, changes, says):
+    target = Target(kernel, 90, "bfloat16", 128, changes)
     lines = faults(target, compile_apart(target)[0])
     assert lines == [] if says is None else any(says in line for line in lines)
 

@@ -3,6 +3,8 @@
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
@@ -40,12 +42,37 @@ def no_hopper() -> str | None:
 on_hopper = pytest.mark.skipif(no_hopper() is not None, reason=no_hopper() or "")
 
 
+@contextmanager
+def emulating(module: ModuleType, kernel: str) -> Iterator[None]:
+    """A kernel's launches are emulated: under any version of Triton, since nothing is compiled."""
+    emulated = Emulated(getattr(module, kernel))
+    with patch.object(module, kernel, emulated), patch.object(triton, "__version__", "3.6.0"):
+        yield
+
+
+def emulate_all(
+    case: Case, c: HopperConfiguration = SHIPPED, keep_hidden: bool = True, module: ModuleType = local_block_hopper
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with emulating(module, "local_block_hopper_kernel"):
+        return launched_all(case, c, keep_hidden, module)
+
+
+def launched_all(
+    case: Case, c: HopperConfiguration = SHIPPED, keep_hidden: bool = True, module: ModuleType = local_block_hopper,
+    keep_results: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Hidden and local states and both convolutions' results (R, D)."""
+    weights, batch, kept = case.block.local_weights(), case.batch, (keep_hidden, keep_results)
+    with torch.no_grad():
+        if module is local_block_hopper:
+            return launch(case.x, None, case.word, batch.segments, list(weights), batch.gap, 5, *kept, c)
+        return module.launch(case.x, case.word, batch.segments, weights, batch.gap, 5, *kept, c)
+
+
 def emulate(
     case: Case, c: HopperConfiguration = SHIPPED, keep_hidden: bool = True, module: ModuleType = local_block_hopper
 ) -> tuple[Tensor, Tensor]:
-    """What is launched, emulated: under any version of Triton, since nothing is compiled."""
-    emulated = Emulated(module.local_block_hopper_kernel)
-    with patch.object(module, "local_block_hopper_kernel", emulated), patch.object(triton, "__version__", "3.6.0"):
+    with emulating(module, "local_block_hopper_kernel"):
         return launched(case, c, keep_hidden, module)
 
 
@@ -53,18 +80,18 @@ def launched(
     case: Case, c: HopperConfiguration = SHIPPED, keep_hidden: bool = True, module: ModuleType = local_block_hopper
 ) -> tuple[Tensor, Tensor]:
     """Hidden and local states (R, D)."""
-    weights, batch = case.block.local_weights(), case.batch
-    with torch.no_grad():
-        if module is local_block_hopper:
-            return launch(case.x, None, case.word, batch.segments, list(weights), batch.gap, 5, keep_hidden, False, c)[
-                :2
-            ]
-        return module.launch(case.x, case.word, batch.segments, weights, batch.gap, 5, keep_hidden, c)
+    return launched_all(case, c, keep_hidden, module, False)[:2]
 
 
 RUNS = [
     pytest.param(emulate, CPU, id="emulated"),
     pytest.param(launched, torch.device("cuda"), id="chip", marks=on_hopper),
+]
+
+
+RUNS_ALL = [
+    pytest.param(emulate_all, CPU, id="emulated"),
+    pytest.param(launched_all, torch.device("cuda"), id="chip", marks=on_hopper),
 ]
 
 
@@ -127,6 +154,37 @@ def test_without_hidden_states(runs, where):
     assert torch.equal(local, runs(case)[1])
 
 
+def check_results(case: Case, narrow: Tensor, wide: Tensor) -> None:
+    weights, gap = case.exact.local_weights(), case.batch.gap
+    with torch.no_grad():
+        for found, weight, bias, dilation in (
+            (narrow, weights.narrow_weight, weights.narrow_bias, 1), (wide, weights.wide_weight, weights.wide_bias, 5)
+        ):  # fmt: skip
+            right = reference.convolution(case.x.double(), weight, bias, dilation)
+            close(found[gap:], right[gap:], TOLERANCE[case.x.dtype])
+
+
+def check_all(case: Case, hidden: Tensor, local: Tensor, narrow: Tensor, wide: Tensor) -> None:
+    check(case, hidden, local)
+    check_results(case, narrow, wide)
+
+
+@pytest.mark.parametrize(("runs", "where"), RUNS_ALL)
+@pytest.mark.parametrize(
+    ("d_local", "dtype", "residues"),
+    [(128, torch.bfloat16, (61, 62, 63)), (128, torch.float16, (106,)), (64, torch.bfloat16, (0, 90))],
+    ids=str,
+)
+def test_both_convolutions_results_are_kept_for_training(d_local, dtype, residues, runs, where):
+    case = Case(config_of(d_local), residues, dtype, where)
+    c = local_block_hopper.configuration(d_local)
+    hidden, local, narrow, wide = runs(case, c)
+    check_results(case, narrow, wide)
+    without = emulate if where is CPU else launched
+    for kept, alone in zip((hidden, local), without(case, c), strict=True):
+        assert torch.equal(kept, alone)
+
+
 @pytest.mark.parametrize(("runs", "where"), RUNS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_the_same_bits_wherever_a_protein_lies(dtype, runs, where):
@@ -160,17 +218,18 @@ def emulate_last_of_many(module: ModuleType) -> None:
     shift = program * c.rows
     n_rows = shift + case.batch.n_rows
     assert n_rows * 128 > 2**31
-    local = torch.full_like(case.x, float("nan"))
-    x, segments, out = (Pointer(t, origin=shift * t[0].numel()) for t in (case.x, case.batch.segments, local))
+    made = [torch.full_like(case.x, float("nan")) for _ in range(4)]
+    x, segments, *out = (Pointer(t, origin=shift * t[0].numel()) for t in (case.x, case.batch.segments, *made))
     w = LocalBlockWeights(*(t.detach() for t in case.block.local_weights()))
     tiles = Descriptor(module.weight_stream(w, case.x.dtype), [c.chunk, 128], module.weight_layout())
     run(
         module.local_block_hopper_kernel, [program], x, tiles, case.word, segments, w.narrow_bias, w.wide_bias,
-        w.norm1_weight, w.norm1_bias, w.dense_bias, w.norm2_weight, w.norm2_bias, out, out, gap, n_rows,
+        w.norm1_weight, w.norm1_bias, w.dense_bias, w.norm2_weight, w.norm2_bias, *out, gap, n_rows,
         warps=c.warps, D=128, TAPS=9, DILATION=5, M=c.rows, CHUNK=c.chunk, STAGES=c.stages, HALO=module.HALO,
-        KEEP_HIDDEN=False, EPSILON=LAYER_NORM_EPS,
+        KEEP_HIDDEN=True, KEEP_RESULTS=True, EPSILON=LAYER_NORM_EPS,
     )  # fmt: skip
-    assert torch.equal(local[gap:], emulate(case)[1][gap:])
+    for ours, right in zip(made, emulate_all(case), strict=True):
+        assert torch.equal(ours[gap:], right[gap:])
 
 
 def test_offsets_beyond_32_bits():
@@ -193,6 +252,9 @@ PLANTED = {
     "no fence after x": ("wait_group(0)\n    fence_async_shared()", "wait_group(0)", "no fence and barrier"),
     "no barrier after hidden states": ("gl.thread_barrier()\n    in_batch", "in_batch", "no fence and barrier"),
     "no fence after barriers": ("fence_async_shared()\n    for", "for", "no fence between"),
+    "results beyond the end": ("(at < left)[:, None])\n    res", "(at < M)[:, None])\n    res", "outside its array"),
+    "the wide result for the narrow one": ("store(WIDE", "store(NARROW", None),
+    "a result after its activation": ("at_result, total.to", "at_result, gelu(total, False).to", None),
     "gap rows left": ("gl.where(inside, local, 0.0)", "(local + gl.where(inside, 0.0, 0.0))", None),
     "32-bit offsets": ("gl.program_id(0).to(gl.int64)", "gl.program_id(0)", None),
 }  # fmt: skip
@@ -201,14 +263,19 @@ PLANTED = {
 def planted(name: str, folder: Path) -> ModuleType:
     """The kernel with one mistake."""
     old, new, _ = PLANTED[name]
-    source = Path(local_block_hopper.__file__).read_text()
+    return changed(local_block_hopper, old, new, folder)
+
+
+def changed(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
+    """A module whose source has something else in one place."""
+    source = Path(module.__file__).read_text()
     assert source.count(old) >= 1
     path = folder / "planted_hopper.py"
     path.write_text(source.replace(old, new, 1))
     spec = importlib.util.spec_from_file_location("planted_hopper", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
 
 
 @pytest.mark.parametrize("name", [name for name in PLANTED if name != "32-bit offsets"])
@@ -217,7 +284,7 @@ def test_a_planted_mistake_is_found(name, tmp_path):
     module = planted(name, tmp_path)
     says = PLANTED[name][2]
     with pytest.raises(EmulationError if says else AssertionError, match=says):
-        check(case, *emulate(case, module=module))
+        check_all(case, *emulate_all(case, module=module))
 
 
 def test_32_bit_offsets_are_found(tmp_path):
@@ -238,6 +305,16 @@ def test_what_is_unsupported_is_told(monkeypatch):
     assert implementation(80, 128, torch.bfloat16) == "portable (the compute capability is 8.0, not 9.0)"
     monkeypatch.setattr(triton, "__version__", "3.9.0")
     assert implementation(90, 128, torch.bfloat16).startswith("portable (triton is 3.9.0; 3.6 is")
+
+
+def test_once_distrusted_it_does_not_run_again(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    portable = sys.modules[launch.__module__]
+    monkeypatch.setattr(portable, "_distrusted", [])
+    assert portable_because(90, 128, torch.bfloat16) is None
+    portable.distrust_hopper("a self-check found other numbers")
+    assert portable_because(90, 128, torch.bfloat16) == "a self-check found other numbers"
+    assert implementation(90, 64, torch.float16) == "portable (a self-check found other numbers)"
 
 
 def test_asked_for_where_it_cannot_run_it_says_why():

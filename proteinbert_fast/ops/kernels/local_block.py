@@ -26,6 +26,8 @@ from proteinbert_fast.ops.reference import Embedded, LocalBlockWeights
 from proteinbert_fast.packing import PackedBatch
 
 CHANNELS = (32, 64, 128, 256)
+# Why the kernels for Hopper are not to run, once something has been found wrong with them; else empty.
+_distrusted: list[str] = []
 
 
 class Configuration(NamedTuple):
@@ -222,10 +224,23 @@ def configuration(capability: int, channels: int, dtype: torch.dtype, precision:
     return Configuration(64, min(channels, 32), 4 if not wide else 8, 3, False, False)
 
 
+def distrust_hopper(reason: str) -> None:
+    """For the rest of the process, the kernels of this file run where those for Hopper would; for a failed self-check.
+
+    A launch that is told a HopperConfiguration still takes it.
+
+    Args:
+        reason: what ``portable_because`` says from now on.
+    """
+    _distrusted[:] = [reason]
+
+
 def portable_because(
     capability: int, channels: int, dtype: torch.dtype, taps: int = 9, wide_dilation: int = 5, gap: int = 20
 ) -> str | None:
     """Why the kernel of this file runs a block, or None where that of ``local_block_hopper.py`` does.
+
+    The same goes for the gradient of x, and ``local_block_backward_hopper.py``.
 
     Args:
         capability: 90 for 9.0; 0 in the interpreter.
@@ -235,6 +250,8 @@ def portable_because(
         wide_dilation: rows between the taps of the wide one.
         gap: zero rows before the first protein.
     """
+    if _distrusted:
+        return _distrusted[0]
     if capability == 0:
         return "Triton's interpreter does not know Gluon"
     if capability != 90:
@@ -360,10 +377,8 @@ def launch(
     precision, capability = product_precision(dtype), capability_of(x)
     if chosen is not None:
         c = chosen
-    elif (
-        tokens is not None
-        or keep_results
-        or portable_because(capability, channels, dtype, w.narrow_weight.shape[-1], wide_dilation, gap)
+    elif tokens is not None or portable_because(
+        capability, channels, dtype, w.narrow_weight.shape[-1], wide_dilation, gap
     ):
         c = configuration(capability, channels, dtype, precision)
     else:
@@ -373,8 +388,9 @@ def launch(
     if isinstance(c, HopperConfiguration):
         from proteinbert_fast.ops.kernels import local_block_hopper
 
-        states = local_block_hopper.launch(x.contiguous(), broadcast, segments, w, gap, wide_dilation, keep_hidden, c)
-        return *states, x.new_empty(0, channels), x.new_empty(0, channels)
+        return local_block_hopper.launch(
+            x.contiguous(), broadcast, segments, w, gap, wide_dilation, keep_hidden, keep_results, c
+        )
     # (out, in, taps) to (taps, in, out), narrow above wide: a tile of it is what a product takes.
     taps = torch.cat([w.narrow_weight.permute(2, 1, 0), w.wide_weight.permute(2, 1, 0)]).to(dtype)
     symbols = 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.ops.kernels.activations import gelu, gelu_and_slope
 from proteinbert_fast.ops.kernels.launching import capability_of, has_matrix_units, padded, product_precision
-from proteinbert_fast.ops.kernels.local_block import convolve
+from proteinbert_fast.ops.kernels.local_block import HopperConfiguration, convolve, portable_because
 from proteinbert_fast.ops.kernels.protein_sums import protein_sums
 from proteinbert_fast.ops.reference import LocalBlockWeights
 
@@ -39,6 +39,7 @@ class Configuration(NamedTuple):
         taps: of a program of theirs.
         descriptors: x's gradient moves tiles through tensor descriptors.
         chunked_dense: as for the local block.
+        hopper: of x's gradient where the kernel in ``local_block_backward_hopper.py`` computes it; else None.
     """
 
     rows: int
@@ -49,6 +50,7 @@ class Configuration(NamedTuple):
     taps: int
     descriptors: bool
     chunked_dense: bool
+    hopper: HopperConfiguration | None = None
 
 
 @triton.jit
@@ -328,7 +330,13 @@ def launch(
     n_rows, channels = narrow.shape
     taps = w.narrow_weight.shape[-1]
     precision = product_precision(dtype)
-    c = chosen or configuration(capability_of(narrow), channels, dtype, precision)
+    c, capability = chosen, capability_of(narrow)
+    if c is None:
+        c = configuration(capability, channels, dtype, precision)
+        if portable_because(capability, channels, dtype, taps, wide_dilation, gap) is None:
+            from proteinbert_fast.ops.kernels import local_block_backward_hopper
+
+            c = c._replace(hopper=local_block_backward_hopper.configuration(channels))
     symbols = 0 if tokens is None else padded(len(x) + 1, 32)
     table = x if tokens is None else torch.nn.functional.pad(x, (0, 0, 0, symbols - len(x)))
     d_sum, hidden, d_dense = (torch.empty_like(narrow) for _ in range(3))
@@ -389,6 +397,10 @@ def _convolution_gradient(
     # (out, in, taps) to (taps, out, in), taps flipped, narrow above wide.
     flipped = torch.cat([w.narrow_weight.permute(2, 0, 1).flip(0), w.wide_weight.permute(2, 0, 1).flip(0)])
     flipped = flipped.to(d_sum.dtype).reshape(-1, channels)
+    if c.hopper is not None:
+        from proteinbert_fast.ops.kernels import local_block_backward_hopper
+
+        return local_block_backward_hopper.launch(d_narrow, d_wide, d_sum, flipped, gap, wide_dilation, c.hopper)
     tiles: list[object] = [d_narrow, d_wide, flipped]
     chunk = min(c.chunk, channels)
     if c.descriptors:

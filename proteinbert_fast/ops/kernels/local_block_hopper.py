@@ -33,7 +33,7 @@ HALO = 64
 
 
 @gluon.constexpr_function
-def _planes(rows, channels):
+def planes_layout(rows, channels):
     """(rows, channels) in shared memory as planes of 8 channels, each a column of rows of 16 bytes.
 
     The next row is 16 bytes on wherever it lies. A matrix descriptor without swizzling only counts strides from any
@@ -47,7 +47,7 @@ def _planes(rows, channels):
 
 
 @gluon.constexpr_function
-def _copying(rows, channels, warps):
+def copying_layout(rows, channels, warps):
     """Registers of a tile between global memory and planes: 16 bytes at a time.
 
     Eight threads in turn hold eight rows of one plane, 128 bytes of shared memory and so every bank once; a warp holds
@@ -67,7 +67,7 @@ def _copying(rows, channels, warps):
 
 
 @gluon.jit
-def _fetch_weights(
+def fetch_weights(
     W_TILES, ring, full, step, D: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr
 ):
     """Starts the copy of a step's weights into its stage; nothing for steps that there are not."""
@@ -78,7 +78,69 @@ def _fetch_weights(
 
 
 @gluon.jit
-def _multiply(
+def open_ring(W_TILES, D: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr):
+    """Stages for weights and their barriers, with the first weights on their way."""
+    ring = gl.allocate_shared_memory(W_TILES.dtype, [STAGES, CHUNK, D], W_TILES.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+    # The copy engine signals these barriers, and sees memory through another path than threads write it.
+    fence_async_shared()
+    for stage in gl.static_range(STAGES):
+        fetch_weights(W_TILES, ring, full, stage, D, CHUNK, STAGES, STEPS)
+    return ring, full
+
+
+@gluon.jit
+def close_ring(full, STAGES: gl.constexpr):
+    for stage in gl.static_range(STAGES):
+        mbarrier.invalidate(full.index(stage))
+
+
+@gluon.jit
+def open_tile(dtype: gl.constexpr, D: gl.constexpr, M: gl.constexpr):
+    """Shared memory for a tile and its halo, row by row, so that a view can begin at any of them.
+
+    2 M rows, since strides must be powers of two: the rows that ``load_tile`` copies; the rest is never read.
+    """
+    return gl.allocate_shared_memory(dtype, [D // 8 * 2 * M, 1, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+
+@gluon.jit
+def load_tile(
+    X, x, first_row, left, REACH: gl.constexpr, D: gl.constexpr, M: gl.constexpr, HALO: gl.constexpr
+):  # fmt: skip
+    """Copies REACH rows above a tile of X, the tile, and REACH below, and waits until products can read them.
+
+    Args:
+        x: where to, from ``open_tile``.
+        first_row: of the tile, at least REACH.
+        left: rows from there to the batch's end; zeros beyond.
+    """
+    WARPS: gl.constexpr = gl.num_warps()
+    PLANES: gl.constexpr = planes_layout(2 * M, D)
+    planes = x.index(0)._reinterpret(x.dtype, [2 * M, D], PLANES)
+    COPY: gl.constexpr = copying_layout(M, D, WARPS)
+    COPY_HALO: gl.constexpr = copying_layout(HALO, D, WARPS)
+    rows = gl.arange(0, M, layout=gl.SliceLayout(1, COPY))
+    places = rows[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, COPY))[None, :]
+    async_copy.async_copy_global_to_shared(
+        planes.slice(0, M, 0), X + (first_row - REACH) * D + places, mask=(rows < left + REACH)[:, None]
+    )
+    more = gl.arange(0, HALO, layout=gl.SliceLayout(1, COPY_HALO))
+    more_places = more[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, COPY_HALO))[None, :]
+    async_copy.async_copy_global_to_shared(
+        planes.slice(M, HALO, 0), X + (first_row + (M - REACH)) * D + more_places,
+        mask=((more < 2 * REACH) & (more < left + (REACH - M)))[:, None],
+    )  # fmt: skip
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def multiply(
     total, x, W_TILES, ring, full, first_step, first_row, DILATION: gl.constexpr, TAPS: gl.constexpr,
     D: gl.constexpr, M: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
@@ -91,7 +153,7 @@ def _multiply(
     """
     ROWS: gl.constexpr = M + M
     PER_TAP: gl.constexpr = D // CHUNK
-    CHUNK_PLANES: gl.constexpr = _planes(ROWS, CHUNK)
+    CHUNK_PLANES: gl.constexpr = planes_layout(ROWS, CHUNK)
     for i in range(0, TAPS * PER_TAP):
         step = first_step + i
         stage = step % STAGES
@@ -102,9 +164,9 @@ def _multiply(
         # The matrix units keep this step's products to do while the stage of the step before, now read, is filled.
         total = warpgroup_mma_wait(num_outstanding=1, deps=[total])
         if i > 0:
-            _fetch_weights(W_TILES, ring, full, step - 1 + STAGES, D, CHUNK, STAGES, STEPS)
+            fetch_weights(W_TILES, ring, full, step - 1 + STAGES, D, CHUNK, STAGES, STEPS)
     total = warpgroup_mma_wait(num_outstanding=0, deps=[total])
-    _fetch_weights(W_TILES, ring, full, first_step + (TAPS * PER_TAP - 1 + STAGES), D, CHUNK, STAGES, STEPS)
+    fetch_weights(W_TILES, ring, full, first_step + (TAPS * PER_TAP - 1 + STAGES), D, CHUNK, STAGES, STEPS)
     return total
 
 
@@ -125,14 +187,16 @@ def _layer_norm(x, weight, bias, D: gl.constexpr, EPSILON: gl.constexpr):
 @gluon.jit
 def local_block_hopper_kernel(
     X, W_TILES, BROADCAST, SEGMENTS, NARROW_BIAS, WIDE_BIAS, NORM1_WEIGHT, NORM1_BIAS, DENSE_BIAS, NORM2_WEIGHT,
-    NORM2_BIAS, HIDDEN, LOCAL, first, n_rows,
+    NORM2_BIAS, HIDDEN, LOCAL, NARROW, WIDE, first, n_rows,
     D: gl.constexpr, TAPS: gl.constexpr, DILATION: gl.constexpr, M: gl.constexpr, CHUNK: gl.constexpr,
-    STAGES: gl.constexpr, HALO: gl.constexpr, KEEP_HIDDEN: gl.constexpr, EPSILON: gl.constexpr,
+    STAGES: gl.constexpr, HALO: gl.constexpr, KEEP_HIDDEN: gl.constexpr,
+    KEEP_RESULTS: gl.constexpr, EPSILON: gl.constexpr,
 ):  # fmt: skip
     """Rows [first + M * program, ...) of the batch. Gap rows are computed like others and written as zeros.
 
     W_TILES describes ((2 * TAPS + 1) * D, D) in tiles of CHUNK rows: the taps of the narrow and then of the wide
     convolution and the dense layer, each (in, out). ``first`` is at least the wide convolution's reach.
+    NARROW and WIDE, where wanted, take the convolutions' results.
     """
     dtype: gl.constexpr = W_TILES.dtype
     WARPS: gl.constexpr = gl.num_warps()
@@ -143,37 +207,14 @@ def local_block_hopper_kernel(
     first_row = first + gl.program_id(0).to(gl.int64) * M
     left = gl.minimum(n_rows - first_row, 2 * M).to(gl.int32)
 
-    ring = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, D], W_TILES.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-    # The copy engine signals these barriers, and sees memory through another path than threads write it.
-    fence_async_shared()
-    for stage in gl.static_range(STAGES):
-        _fetch_weights(W_TILES, ring, full, stage, D, CHUNK, STAGES, STEPS)
-
-    # Row by row, so that a view can begin at any of them. 2 M rows, since strides must be powers of two: REACH above
-    # the tile, the tile, REACH below, and the rest is never read.
-    x = gl.allocate_shared_memory(dtype, [D // 8 * 2 * M, 1, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    PLANES: gl.constexpr = _planes(2 * M, D)
+    ring, full = open_ring(W_TILES, D, CHUNK, STAGES, STEPS)
+    x = open_tile(dtype, D, M)
+    load_tile(X, x, first_row, left, REACH, D, M, HALO)
+    PLANES: gl.constexpr = planes_layout(2 * M, D)
     planes = x.index(0)._reinterpret(dtype, [2 * M, D], PLANES)
-    COPY: gl.constexpr = _copying(M, D, WARPS)
-    COPY_HALO: gl.constexpr = _copying(HALO, D, WARPS)
+    COPY: gl.constexpr = copying_layout(M, D, WARPS)
     rows = gl.arange(0, M, layout=gl.SliceLayout(1, COPY))
     places = rows[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, COPY))[None, :]
-    async_copy.async_copy_global_to_shared(
-        planes.slice(0, M, 0), X + (first_row - REACH) * D + places, mask=(rows < left + REACH)[:, None]
-    )
-    more = gl.arange(0, HALO, layout=gl.SliceLayout(1, COPY_HALO))
-    more_places = more[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, COPY_HALO))[None, :]
-    async_copy.async_copy_global_to_shared(
-        planes.slice(M, HALO, 0), X + (first_row + (M - REACH)) * D + more_places,
-        mask=((more < 2 * REACH) & (more < left + (REACH - M)))[:, None],
-    )  # fmt: skip
-    async_copy.commit_group()
-    async_copy.wait_group(0)
-    fence_async_shared()
-    gl.thread_barrier()
 
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     at = gl.arange(0, M, layout=gl.SliceLayout(1, SUM))
@@ -181,10 +222,14 @@ def local_block_hopper_kernel(
     inside = (segment >= 0)[:, None]
     nothing = gl.zeros([M, D], gl.float32, SUM)
 
-    total = _multiply(
+    total = multiply(
         nothing + _vector(NARROW_BIAS, SUM, D), x, W_TILES, ring, full, 0, REACH - TAPS // 2, 1, TAPS, D, M, CHUNK,
         STAGES, STEPS,
     )  # fmt: skip
+    # Results go as the products leave them, four bytes at a time: another order would take registers or shared memory.
+    at_result = at[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, SUM))[None, :]
+    if KEEP_RESULTS:
+        gl.store(NARROW + first_row * D + at_result, total.to(dtype), mask=(at < left)[:, None])
     residual = x.index(REACH)._reinterpret(dtype, [2 * M, D], PLANES).slice(0, M, 0).load(SUM)
     # Gap rows read some protein's word, which costs fewer registers than a mask: they are zeroed below.
     word = BROADCAST + gl.maximum(segment, 0).to(gl.int64)[:, None] * D
@@ -192,10 +237,12 @@ def local_block_hopper_kernel(
     merged = gelu(total, False) + (gl.load(word).to(gl.float32) + residual.to(gl.float32))
     # Half the registers during the second loop. float16 has the bits to spare for sums of this size.
     merged_16 = kept_16_bit(merged.to(gl.float16))
-    total = _multiply(
+    total = multiply(
         nothing + _vector(WIDE_BIAS, SUM, D), x, W_TILES, ring, full, TAPS * PER_TAP, 0, DILATION, TAPS, D, M, CHUNK,
         STAGES, STEPS,
     )  # fmt: skip
+    if KEEP_RESULTS:
+        gl.store(WIDE + first_row * D + at_result, total.to(dtype), mask=(at < left)[:, None])
     hidden = _layer_norm(
         merged_16.to(gl.float32) + gelu(total, False), _vector(NORM1_WEIGHT, SUM, D), _vector(NORM1_BIAS, SUM, D), D,
         EPSILON,
@@ -210,7 +257,7 @@ def local_block_hopper_kernel(
     in_batch = (rows < left)[:, None]
     if KEEP_HIDDEN:
         gl.store(HIDDEN + first_row * D + places, tile.load(COPY), mask=in_batch)
-    total = _multiply(
+    total = multiply(
         nothing + _vector(DENSE_BIAS, SUM, D), x, W_TILES, ring, full, 2 * TAPS * PER_TAP, 0, 0, 1, D, M, CHUNK,
         STAGES, STEPS,
     )  # fmt: skip
@@ -222,8 +269,7 @@ def local_block_hopper_kernel(
     tile.store(gl.where(inside, local, 0.0).to(dtype))
     gl.thread_barrier()
     gl.store(LOCAL + first_row * D + places, tile.load(COPY), mask=in_batch)
-    for stage in gl.static_range(STAGES):
-        mbarrier.invalidate(full.index(stage))
+    close_ring(full, STAGES)
 
 
 def configuration(channels: int, dtype: torch.dtype = torch.bfloat16) -> HopperConfiguration:
@@ -284,8 +330,9 @@ def launch(
     gap: int,
     wide_dilation: int,
     keep_hidden: bool,
+    keep_results: bool,
     chosen: HopperConfiguration,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Runs the kernel, as ``local_block.launch``.
 
     Raises:
@@ -298,6 +345,7 @@ def launch(
     if reason:
         raise BackendError(f"the local block for Hopper: {reason}")
     hidden = torch.empty_like(x) if keep_hidden else x.new_empty(0, channels)
+    narrow, wide = (x.new_empty(n_rows if keep_results else 0, channels) for _ in range(2))
     local = torch.empty_like(x)
     local[:gap] = 0
     hidden[:gap] = 0
@@ -305,8 +353,9 @@ def launch(
     tiles = TensorDescriptor.from_tensor(weight_stream(w, x.dtype), [c.chunk, channels], weight_layout())
     local_block_hopper_kernel[(triton.cdiv(n_rows - gap, c.rows),)](
         x, tiles, broadcast.contiguous(), segments, w.narrow_bias, w.wide_bias, w.norm1_weight, w.norm1_bias,
-        w.dense_bias, w.norm2_weight, w.norm2_bias, hidden, local, gap, n_rows,
+        w.dense_bias, w.norm2_weight, w.norm2_bias, hidden, local, narrow, wide, gap, n_rows,
         D=channels, TAPS=w.narrow_weight.shape[-1], DILATION=wide_dilation, M=c.rows, CHUNK=c.chunk, STAGES=c.stages,
-        HALO=HALO, KEEP_HIDDEN=keep_hidden, EPSILON=LAYER_NORM_EPS, num_warps=c.warps, maxnreg=c.registers,
+        HALO=HALO, KEEP_HIDDEN=keep_hidden, KEEP_RESULTS=keep_results, EPSILON=LAYER_NORM_EPS, num_warps=c.warps,
+        maxnreg=c.registers,
     )  # fmt: skip
-    return hidden, local
+    return hidden, local, narrow, wide
