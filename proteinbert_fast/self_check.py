@@ -84,12 +84,12 @@ def _distrust_hopper(kind: Kind, reason: str) -> bool:
     """Goes back to the portable local block; whether it was not the one that ran anyway."""
     if kind.device.type != "cuda":
         return False
-    from proteinbert_fast.ops.kernels import launching, local_block
+    from proteinbert_fast.ops.kernels.launching import capability
+    from proteinbert_fast.ops.kernels.local_block import distrust_hopper, portable_because
 
-    capability = launching.capability(kind.device.index or 0)
-    if local_block.portable_because(capability, kind.config.d_local, kind.dtype) is not None:
+    if portable_because(capability(kind.device.index or 0), kind.config.d_local, kind.dtype) is not None:
         return False
-    local_block.distrust_hopper(f"it failed a self-check: {reason}")
+    distrust_hopper(f"it failed a self-check: {reason}")
     return True
 
 
@@ -192,7 +192,7 @@ def gradient_difference(
         for twin in (model, exact):
             out = twin(batch)
             loss = token_loss(out, batch) + annotation_loss(out, (terms, torch.arange(len(batch), device=device)))
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         for ours, theirs in zip(model.parameters(), exact.parameters(), strict=True):
             if theirs.grad is not None and ours.grad is not None:
                 found.append((ours.grad.double() - theirs.grad).norm() / theirs.grad.norm().clamp(min=1e-30))

@@ -22,7 +22,7 @@ from .test_gradients import TOLERANCE as GRADIENT_TOLERANCE
 from .test_local_block_hopper import CPU, HALF, changed, emulating, on_hopper
 from .test_operations import TOLERANCE, Case, close, config_of
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.slow]
 KERNEL = "convolution_gradient_hopper_kernel"
 SHIPPED = local_block_backward_hopper.configuration(128)
 
