@@ -225,7 +225,7 @@ def scan_fasta(
     fingerprints: list[Fingerprint] = []
     for file in all_files:
         text = TextFile(file, digest=True, on_bytes=on_bytes)
-        for records in _read_text(text, lowercase, notes):
+        for records in fasta_records(text, lowercase, notes):
             lengths.extend([len(record.sequence) for record in records])
             id_hashes.extend([hash(name_of(record)) for record in records])
         fingerprints.append(text.fingerprint)
@@ -286,7 +286,7 @@ def _read_files(
 ) -> Iterator[FastaRecord]:
     for i, file in enumerate(files):
         text = TextFile(file, digest=expected is not None)
-        yield from chain.from_iterable(_read_text(text, lowercase, notes))
+        yield from chain.from_iterable(fasta_records(text, lowercase, notes))
         if expected is not None and text.fingerprint != expected[i]:
             raise InputError(f"{file.name}: has changed since it was checked a moment ago")
 
@@ -330,12 +330,19 @@ class DamagedFile(Exception):
 class TextFile:
     """The bytes of a file, decompressed, in chunks; counts and digests them on the way."""
 
-    def __init__(self, file: FastaFile, digest: bool = False, on_bytes: Callable[[int], object] | None = None) -> None:
+    def __init__(
+        self,
+        file: FastaFile,
+        digest: bool = False,
+        on_bytes: Callable[[int], object] | None = None,
+        on_raw: Callable[[bytes], object] | None = None,
+    ) -> None:
         self.name = file.name
         self.size = 0
         self._path = file.path
         self._digest = hashlib.sha256() if digest else None
         self._on_bytes = on_bytes
+        self._on_raw = on_raw  # is given the bytes as they lie on the disk
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -362,11 +369,11 @@ class TextFile:
     def _chunks(self, stream: BinaryIO) -> Iterator[bytes]:
         head = stream.read(8)
         if head.startswith(b"\x1f\x8b"):
-            chunks = _gunzip(_raw(head, stream, _COMPRESSED_CHUNK))
+            chunks = _gunzip(self._raw(head, stream, _COMPRESSED_CHUNK))
         elif head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):
-            chunks = _unzstd(_raw(head, stream, _COMPRESSED_CHUNK), self.name)
+            chunks = _unzstd(self._raw(head, stream, _COMPRESSED_CHUNK), self.name)
         else:
-            chunks = _raw(head, stream, _CHUNK)
+            chunks = self._raw(head, stream, _CHUNK)
         for chunk in chunks:
             self.size += len(chunk)
             if self._digest is not None:
@@ -375,12 +382,13 @@ class TextFile:
                 self._on_bytes(len(chunk))
             yield chunk
 
-
-def _raw(head: bytes, stream: BinaryIO, size: int) -> Iterator[bytes]:
-    chunk = head + stream.read(size - len(head))
-    while chunk:
-        yield chunk
-        chunk = stream.read(size)
+    def _raw(self, head: bytes, stream: BinaryIO, size: int) -> Iterator[bytes]:
+        chunk = head + stream.read(size - len(head))
+        while chunk:
+            if self._on_raw is not None:
+                self._on_raw(chunk)
+            yield chunk
+            chunk = stream.read(size)
 
 
 def _inflaters() -> tuple[Callable[[], Any], tuple[type[Exception], ...]]:
@@ -444,7 +452,7 @@ def _unzstd(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
         raise DamagedFile("the zstandard file is truncated")
 
 
-def _read_text(text: TextFile, lowercase: Lowercase, notes: FastaNotes | None) -> Iterator[list[FastaRecord]]:
+def fasta_records(text: TextFile, lowercase: Lowercase, notes: FastaNotes | None) -> Iterator[list[FastaRecord]]:
     """Records of one file, block by block: no step in Python per line or residue."""
     parser = _Parser(text.name, lowercase, notes)
     unfinished: list[bytes] = []  # pieces of a line whose end is still to come
