@@ -853,39 +853,76 @@ py::tuple gather(const py::array_t<T, py::array::c_style>& values, const Longs& 
   return py::make_tuple(std::move(out), std::move(out_offsets));
 }
 
-// Each record's terms with all their ancestors, ascending, each once. Negative terms are left out. ancestors[t] holds t.
-py::tuple close_terms(const Ints& terms, const Longs& offsets, const Ints& ancestors, const Longs& ancestor_offsets) {
-  check_offsets(offsets, terms.size());
+// The terms of records, gathered from rows of GO numbers, with all their ancestors: ascending, each once.
+//
+// Row r belongs to record record_of[r], ascending, or to none (-1). index_of_number gives the term of a number, or less
+// than 0; ancestors[t] holds t. Returns terms and offsets per record, how many different terms the records had before,
+// how many numbers were another name of their term, and the numbers that are no term.
+py::tuple close_terms(const Ints& numbers, const Longs& offsets, const Longs& record_of, int64_t n_records,
+                      const Ints& index_of_number, const Longs& number_of_term, const Ints& ancestors,
+                      const Longs& ancestor_offsets) {
+  check_offsets(offsets, numbers.size());
   check_offsets(ancestor_offsets, ancestors.size());
-  const py::ssize_t n = offsets.size() - 1;
+  const py::ssize_t n_rows = offsets.size() - 1;
   const auto n_terms = static_cast<int32_t>(ancestor_offsets.size() - 1);
-  const int32_t *const t = terms.data(), *const a = ancestors.data();
-  const int64_t *const o = offsets.data(), *const ao = ancestor_offsets.data();
-  for (py::ssize_t i = 0; i < terms.size(); ++i)
-    if (t[i] >= n_terms) throw py::index_error("no such term");
-  for (py::ssize_t i = 0; i < ancestors.size(); ++i)
-    if (a[i] < 0 || a[i] >= n_terms) throw py::index_error("no such ancestor");
-  std::vector<int32_t> out;
+  const int32_t *const number = numbers.data(), *const table = index_of_number.data(), *const above = ancestors.data();
+  const int64_t *const o = offsets.data(), *const record = record_of.data(), *const ao = ancestor_offsets.data(),
+                *const own_number = number_of_term.data();
+  bool good = record_of.size() == n_rows && number_of_term.size() == n_terms;
+  int64_t latest = -1;
+  for (py::ssize_t r = 0; good && r < n_rows; ++r) {
+    if (record[r] < 0) continue;
+    good = record[r] >= latest && record[r] < n_records;
+    latest = record[r];
+  }
+  for (py::ssize_t i = 0; good && i < ancestors.size(); ++i) good = above[i] >= 0 && above[i] < n_terms;
+  if (!good) throw py::value_error("rows, records, terms and ancestors do not fit together");
+
+  std::vector<int32_t> out, lost;
   std::vector<int64_t> out_offsets{0};
+  int64_t own = 0, renamed = 0;
   {
     py::gil_scoped_release released;
-    std::vector<int64_t> seen(static_cast<size_t>(n_terms), -1);
-    out_offsets.reserve(static_cast<size_t>(n) + 1);
-    for (py::ssize_t i = 0; i < n; ++i) {
-      const size_t first = out.size();
-      for (int64_t k = o[i]; k < o[i + 1]; ++k) {
-        if (t[k] < 0 || seen[static_cast<size_t>(t[k])] == i) continue;
-        for (int64_t j = ao[t[k]]; j < ao[t[k] + 1]; ++j) {
-          int64_t& mark = seen[static_cast<size_t>(a[j])];
-          if (mark != i) out.push_back(a[j]);
-          mark = i;
+    out_offsets.reserve(static_cast<size_t>(n_records) + 1);
+    std::vector<uint64_t> has((static_cast<size_t>(n_terms) + 63) / 64, 0);  // a bit for each term
+    std::vector<int32_t> mine;
+    const auto finish = [&] {
+      std::sort(mine.begin(), mine.end());
+      mine.erase(std::unique(mine.begin(), mine.end()), mine.end());
+      own += static_cast<int64_t>(mine.size());
+      size_t low = has.size(), high = 0;
+      for (const int32_t term : mine) {
+        for (int64_t k = ao[term]; k < ao[term + 1]; ++k) {
+          const auto word = static_cast<size_t>(above[k]) / 64;
+          has[word] |= uint64_t{1} << (above[k] % 64);
+          low = std::min(low, word);
+          high = std::max(high, word + 1);
         }
       }
-      std::sort(out.begin() + static_cast<ptrdiff_t>(first), out.end());
+      mine.clear();
+      for (size_t word = low; word < high; ++word) {
+        for (uint64_t bits = std::exchange(has[word], 0); bits; bits &= bits - 1)
+          out.push_back(static_cast<int32_t>(64 * word) + __builtin_ctzll(bits));
+      }
       out_offsets.push_back(static_cast<int64_t>(out.size()));
+    };
+    for (py::ssize_t r = 0; r < n_rows; ++r) {
+      if (record[r] < 0) continue;
+      while (static_cast<int64_t>(out_offsets.size()) - 1 < record[r]) finish();
+      for (int64_t k = o[r]; k < o[r + 1]; ++k) {
+        const int32_t found = number[k] >= 0 && number[k] < index_of_number.size() ? table[number[k]] : -1;
+        if (found < 0 || found >= n_terms) {
+          lost.push_back(number[k]);
+          continue;
+        }
+        renamed += own_number[found] != number[k];
+        mine.push_back(found);
+      }
     }
+    while (static_cast<int64_t>(out_offsets.size()) - 1 < n_records) finish();
   }
-  return py::make_tuple(to_numpy(std::move(out)), to_numpy(std::move(out_offsets)));
+  return py::make_tuple(to_numpy(std::move(out)), to_numpy(std::move(out_offsets)), own, renamed,
+                        to_numpy(std::move(lost)));
 }
 
 }  // namespace
@@ -898,6 +935,7 @@ PYBIND11_MODULE(_records, m) {
   m.def("hash_texts", &hash_texts, py::arg("texts"), py::arg("offsets"), py::arg("k0"), py::arg("k1"));
   m.def("gather_bytes", &gather<uint8_t>, py::arg("values"), py::arg("offsets"), py::arg("order"));
   m.def("gather_ints", &gather<int32_t>, py::arg("values"), py::arg("offsets"), py::arg("order"));
-  m.def("close_terms", &close_terms, py::arg("terms"), py::arg("offsets"), py::arg("ancestors"),
+  m.def("close_terms", &close_terms, py::arg("numbers"), py::arg("offsets"), py::arg("record_of"),
+        py::arg("n_records"), py::arg("index_of_number"), py::arg("number_of_term"), py::arg("ancestors"),
         py::arg("ancestor_offsets"));
 }

@@ -43,7 +43,7 @@ from proteinbert_fast.data.disk import Sink, flush_folder
 from proteinbert_fast.data.fasta import check_choice
 from proteinbert_fast.data.gene_ontology import RELATIONS, GeneOntology, Relations
 from proteinbert_fast.errors import InputError
-from proteinbert_fast.tokenizer import OTHER, VOCABULARY
+from proteinbert_fast._tokenizer import OTHER, VOCABULARY
 
 logger = logging.getLogger("proteinbert_fast")
 

@@ -215,24 +215,25 @@ class Merger:
         """Terms of each protein with their ancestors; how many there were before."""
         if self._ontology is None:
             return np.empty(0, np.int32), np.zeros(n + 1, np.int64), 0
-        counts = np.diff(rows.go_offsets)
-        of_usable = np.repeat(usable, counts)
-        numbers = rows.go[of_usable]
-        protein = np.repeat(number, counts)[of_usable]
-        index = np.where(numbers >= 0, self._ontology.index_of_number[numbers], OBSOLETE)
-        findings.malformed += int((numbers < 0).sum())
-        lost = (index < 0) & (numbers >= 0)
-        for found, counter in ((index == OBSOLETE, findings.obsolete), (index != OBSOLETE, findings.unknown)):
-            values, times = np.unique(numbers[lost & found], return_counts=True)
-            counter.update(dict(zip(values.tolist(), times.tolist(), strict=True)))
-        known = index >= 0
-        index, protein = index[known].astype(np.int32), protein[known]
-        findings.renamed += int((self._number_of_term[index] != numbers[known]).sum())
-        # Rows of a protein lie next to each other, so its terms do.
-        offsets = np.searchsorted(protein, np.arange(n + 1)).astype(np.int64)
-        own = len(np.unique(protein * len(self._ontology) + index))
-        terms, term_offsets = close_terms(index, offsets, self._ancestors, self._ancestor_offsets)
-        return terms, term_offsets, own
+        terms, offsets, own, renamed, lost = close_terms(
+            rows.go,
+            rows.go_offsets,
+            np.where(usable, number, -1),
+            n,
+            self._ontology.index_of_number,
+            self._number_of_term,
+            self._ancestors,
+            self._ancestor_offsets,
+        )
+        findings.renamed += renamed
+        for value, times in zip(*(part.tolist() for part in np.unique(lost, return_counts=True)), strict=True):
+            if value < 0:
+                findings.malformed += times
+            elif self._ontology.index_of_number[value] == OBSOLETE:
+                findings.obsolete[value] += times
+            else:
+                findings.unknown[value] += times
+        return terms, offsets, own
 
     def _split(
         self,

@@ -27,7 +27,7 @@ from proteinbert_fast.data.fasta import (
 )
 from proteinbert_fast.data.prefetch import Prefetched
 from proteinbert_fast.errors import InputError
-from proteinbert_fast.tokenizer import OTHER, VOCABULARY
+from proteinbert_fast._tokenizer import OTHER, VOCABULARY
 
 logger = logging.getLogger("proteinbert_fast")
 
