@@ -397,7 +397,8 @@ def _inflaters() -> tuple[Callable[[], Any], tuple[type[Exception], ...]]:
         from isal import isal_zlib
     except ImportError:
         return partial(zlib.decompressobj, wbits=31), (zlib.error,)
-    return partial(isal_zlib.decompressobj, wbits=31), (isal_zlib.error, zlib.error)
+    errors: tuple[type[Exception], ...] = (isal_zlib.error, zlib.error)  # type: ignore[assignment]
+    return partial(isal_zlib.decompressobj, wbits=31), errors
 
 
 def _gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -1,7 +1,7 @@
 """The Gene Ontology: terms, their ancestors, and what became of ids that are no longer in use.
 
-OBO files are read by fastobo, a strict parser of OBO 1.4 that reads 1.2 as well and says where a file is malformed. What
-is looked at here is the meaning: ids that are defined twice or never, circles, replacements.
+OBO files are read by fastobo, a strict parser of OBO 1.4 that reads 1.2 as well and says where a file is malformed.
+What is looked at here is the meaning: ids that are defined twice or never, circles, replacements.
 """
 
 import io

@@ -1,7 +1,7 @@
 """`build_corpus`: from public files to a corpus, in memory that does not depend on their size.
 
-1. Every file is read once, several at a time, and its rows are written as sorted runs (`runs`). This takes nearly all of
-   the time, and is what an interrupted build keeps.
+1. Every file is read once, several at a time, and its rows are written as sorted runs (`runs`). With large files this
+   takes nearly all of the time, and it is what an interrupted build keeps.
 2. Range by range of keys, rows are joined to proteins (`merge`) without their residues: GO terms are counted, and what
    must be refused is found before anything is written.
 3. Range by range again, with residues, proteins are written to a temporary HDF5 file, which gets its name at the end.
@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from proteinbert_fast._tokenizer import OTHER, VOCABULARY
 from proteinbert_fast._version import __version__
 from proteinbert_fast.data.corpus import layout
 from proteinbert_fast.data.corpus import runs as _runs
@@ -43,7 +44,6 @@ from proteinbert_fast.data.disk import Sink, flush_folder
 from proteinbert_fast.data.fasta import check_choice
 from proteinbert_fast.data.gene_ontology import RELATIONS, GeneOntology, Relations
 from proteinbert_fast.errors import InputError
-from proteinbert_fast._tokenizer import OTHER, VOCABULARY
 
 logger = logging.getLogger("proteinbert_fast")
 

@@ -6,17 +6,22 @@ each protein and term: about 1 TB for UniRef90. So it is read at any size and wr
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from typing import Any
 
 import h5py
 import numpy as np
 
-from proteinbert_fast.errors import InputError
+from proteinbert_fast._tokenizer import VOCABULARY
+from proteinbert_fast.data.disk import Sink, flush_folder, remove
+from proteinbert_fast.errors import InputError, ProteinBertError
 
 ROWS = 1000  # in memory at a time: 9 MB of booleans
 MALFORMED_GO = -1
+LARGEST = 10_000_000_000  # bytes of booleans to write
+_LETTERS = VOCABULARY.encode().ljust(256, b"?")
 
 _SHAPES = {
     "uniprot_ids": ("N",),
@@ -112,3 +117,70 @@ def _text(value: Any) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def write_dense(corpus: Any, output: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Writes a corpus as a dataset of the original.
+
+    Unknown residues become "?", which the original reads as unknown too: a corpus does not keep which letter it was.
+    The original knows a test set, and no validation set: proteins held out for validation are written as the rest.
+
+    Args:
+        corpus: an open `Corpus`.
+        output: HDF5 file to write.
+        overwrite: replace an existing file.
+
+    Raises:
+        InputError: the output exists, or would have more than 10 GB of booleans.
+        ProteinBertError: the disk cannot be written to.
+    """
+    path = os.fspath(output)
+    n, terms = len(corpus), len(corpus.terms)
+    if n * terms > LARGEST:
+        raise InputError(f"{path}: would take {n * terms / 1e9:,.0f} GB, a byte for each protein and term: too large")
+    if os.path.exists(path) and not overwrite:
+        raise InputError(f"{path}: exists; replace it with --overwrite")
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with Sink(temporary) as sink:
+            try:
+                with h5py.File(sink, "w") as file:
+                    _write(file, corpus, n, terms, sink.check)
+            except Exception:
+                sink.check()
+                raise
+            sink.check()
+            sink.flush_to_disk()
+        os.replace(temporary, path)
+        flush_folder(os.path.dirname(os.path.abspath(path)))
+    except OSError as error:
+        raise ProteinBertError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            remove(temporary)
+
+
+def _write(file: Any, corpus: Any, n: int, terms: int, check: Callable[[], None]) -> None:
+    text = h5py.string_dtype()
+    file.create_dataset("included_annotations", data=[term.id for term in corpus.terms], dtype=text, track_times=False)
+    ids = file.create_dataset("uniprot_ids", (n,), text, track_times=False)
+    sequences = file.create_dataset("seqs", (n,), text, track_times=False)
+    lengths = file.create_dataset("seq_lengths", (n,), np.int32, track_times=False)
+    chunks = (min(n, 64), terms) if terms else None
+    masks = file.create_dataset(
+        "annotation_masks", (n, terms), bool, track_times=False, chunks=chunks, compression="gzip" if terms else None
+    )
+    tests = file.create_dataset("test_set_mask", (n,), bool, track_times=False)
+    for first in range(0, n, ROWS):
+        part = corpus.read(first, min(first + ROWS, n))
+        stop = first + len(part)
+        offsets = part.offsets.tolist()
+        letters = part.tokens.tobytes().translate(_LETTERS).decode()
+        ids[first:stop] = part.ids.tolist()
+        sequences[first:stop] = [letters[a:b] for a, b in pairwise(offsets)]
+        lengths[first:stop] = np.diff(part.offsets)
+        rows = np.zeros((len(part), terms), bool)
+        rows[np.repeat(np.arange(len(part)), np.diff(part.go_offsets)), part.go_indices] = True
+        masks[first:stop] = rows
+        tests[first:stop] = part.split == 2
+        check()

@@ -1,8 +1,8 @@
 """The corpus file: names, types and compression of its datasets, and digests of their values.
 
-Everything is plain HDF5 with the deflate filter that every HDF5 library has. What is ours is only how well the chunks are
-deflated: residues have next to no repeats for deflate to find, so their chunks are coded by Huffman's method alone, which
-is smaller (4.2 bits per residue; 4.7 at the usual level 9) and six times as fast to write, and which every reader inflates.
+Everything is plain HDF5 with the deflate filter that every HDF5 library has. What is ours is only how the chunks are
+deflated: residues have next to no repeats for deflate to find, so their chunks are coded by Huffman's method alone.
+That is smaller (4.2 bits per residue; 4.7 at the usual level 9), six times as fast to write, and read by any reader.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ def index_dtype(n_terms: int) -> npt.DTypeLike:
 
 
 def fingerprint(digests: dict[str, str], types: dict[str, str]) -> str:
-    """SHA-256 that names the content of a corpus: the digests and types of all datasets, and the version of the format."""
+    """SHA-256 that names the content of a corpus: digests and types of all datasets, and the version of the format."""
     told = {"format": FORMAT, "version": VERSION, "datasets": {name: [types[name], digests[name]] for name in digests}}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -141,7 +141,7 @@ class ColumnWriter:
         values = np.ascontiguousarray(values, self._dtype)
         if not len(values):
             return
-        self._digest.update(values.view(np.uint8))
+        self._digest.update(values.view(np.uint8).data)
         self._parts.append(values)
         self._pending += len(values)
         if self._pending < self._chunk:

@@ -6,12 +6,12 @@
     manifest.json      what build this is, how far each file was read, and which runs are complete
     run-000-00000.bin  rows of file 0, by ascending key
 
-The key of a row is the SipHash of its id under the build's seed. Ascending keys are the shuffled order of the corpus; rows
-of one protein, from whatever file, have the same key. So a range of keys, taken from all runs, is a part of the final
-order that can be put together without any other part: memory depends on the size of the part alone.
+The key of a row is the SipHash of its id under the build's seed. Ascending keys are the shuffled order of the corpus;
+rows of one protein, from whatever file, have the same key. So a range of keys, taken from all runs, is a part of the
+final order that can be put together without any other part: memory depends on the size of the part alone.
 
-A run is written under another name, flushed to the disk and renamed; then the folder is flushed; then the manifest, itself
-replaced as a whole, names the run. What no manifest names is deleted by the next build.
+A run is written under another name, flushed to the disk and renamed; then the folder is flushed; then the manifest,
+itself replaced as a whole, names the run. What no manifest names is deleted by the next build.
 """
 
 import fcntl
@@ -396,7 +396,7 @@ def _write_run(path: str, name: str, source: int, batch: Batch, seed: int) -> Ru
     handle = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
     try:
         for part in (index, rows, ids, data, go):
-            write_all(handle, memoryview(part.view(np.uint8)))
+            write_all(handle, part.view(np.uint8).data)
         os.fsync(handle)
     finally:
         os.close(handle)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from proteinbert_fast._records import RecordReader
+from proteinbert_fast._tokenizer import OTHER, VOCABULARY
 from proteinbert_fast.data.corpus import dense
 from proteinbert_fast.data.fasta import (
     DamagedFile,
@@ -27,7 +28,6 @@ from proteinbert_fast.data.fasta import (
 )
 from proteinbert_fast.data.prefetch import Prefetched
 from proteinbert_fast.errors import InputError
-from proteinbert_fast._tokenizer import OTHER, VOCABULARY
 
 logger = logging.getLogger("proteinbert_fast")
 
