@@ -29,6 +29,7 @@ UNKNOWN, OBSOLETE = -1, -2
 
 _ASPECTS: dict[str, Aspect] = {"biological_process": "P", "molecular_function": "F", "cellular_component": "C"}
 _GO_ID = re.compile(r"GO:[0-9]{7}")
+_COMMENT = re.compile(rb"^[ \t]*!.*$", re.MULTILINE)
 _LARGEST = 10_000_000  # ids have seven digits
 
 
@@ -212,13 +213,18 @@ class _Reading:
             line = self._text.count(b"\n", 0, error.start) + 1
             raise InputError(f"{self._name}:{line}: is not UTF-8 text") from error
         try:
-            frames = fastobo.iter(io.BytesIO(self._text), ordered=True)
+            # Lines of nothing but a comment are blanked: fastobo's parser gives up on them within a term.
+            text = _COMMENT.sub(b"", self._text)
+            frames = fastobo.iter(io.BytesIO(text), ordered=True)
             yield from (frame for frame in frames if isinstance(frame, fastobo.term.TermFrame))
         except SyntaxError as error:
             place = f"{self._name}:{error.lineno}" if error.lineno else self._name
             raise InputError(f"{place}: is not OBO: {error.msg}") from error
-        except (ValueError, TypeError, OSError, RuntimeError) as error:
-            raise InputError(f"{self._name}: is not OBO: {' '.join(str(error).split())}") from error
+        except BaseException as error:
+            # A panic of its Rust code is no Exception; its class cannot be imported.
+            if isinstance(error, (ValueError, TypeError, OSError, RuntimeError)) or "Panic" in type(error).__name__:
+                raise InputError(f"{self._name}: is not OBO: {' '.join(str(error).split())}") from error
+            raise
 
     def _add(self, parsed: Any) -> None:
         go_id = str(parsed.id)

@@ -166,6 +166,13 @@ def test_refused(tmp_path: Path, text: str | bytes, says: str) -> None:
     assert refusal(tmp_path, text).startswith(says)
 
 
+def test_comments_within_a_term(tmp_path: Path) -> None:
+    ontology = read(
+        tmp_path, "! x\n" + HEAD + "! one\n" + term(1, "! two", " ! three", "is_a: GO:0000002 ! four") + term(2)
+    )
+    assert ontology.terms[0].is_a == (1,)
+
+
 def test_truncated_gzip(tmp_path: Path, real_obo: Path) -> None:
     path = tmp_path / "x.obo"
     path.write_bytes(real_obo.read_bytes()[:5000])

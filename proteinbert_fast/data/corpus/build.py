@@ -130,8 +130,8 @@ def build_corpus(
         ancestors,
         min_count,
         Rules(seed, duplicates, unmatched, ancestors, validation, test, bool(clusters)),
-        workers or len(os.sched_getaffinity(0)),
-        (sys.stderr.isatty() if progress is None else progress),
+        len(os.sched_getaffinity(0)) if workers is None else workers,
+        sys.stderr.isatty() if progress is None else progress,
     )
     options.check(bool(validation_ids or test_ids))
     with PartialBuild(options.output, resume=resume, overwrite=overwrite) as partial:
@@ -276,7 +276,9 @@ def _read_all(partial: PartialBuild, sources: list[Source], options: _Options) -
             finally:
                 if not all(future.done() and future.exception() is None for future in futures):
                     stop.set()
-        errors = [error for future in futures if (error := future.exception()) is not None]
+                    for future in futures:
+                        future.cancel()
+        errors = [error for future in futures if not future.cancelled() and (error := future.exception()) is not None]
         for error in sorted(errors, key=lambda error: isinstance(error, _Stopped)):
             raise error
 

@@ -147,8 +147,8 @@ class _Judge:
             case "split":
                 return "has values that are no set" if piece.max() > _LAST_SPLIT else ""
             case "go_indices":
-                known = len(self._file["terms/ids"])
-                return "has values that are no term" if piece.max() >= known else ""
+                known = self._file.get("terms/ids")
+                return "has values that are no term" if known is not None and piece.max() >= len(known) else ""
             case "offsets" | "go_offsets":
                 # Every protein has residues, but not every one has terms.
                 least = 1 if self._name == "offsets" else 0
@@ -163,7 +163,7 @@ class _Judge:
 
     def finish(self) -> str:
         values = {"offsets": "tokens", "go_offsets": "go_indices"}.get(self._name)
-        if values is None:
+        if values is None or values not in self._file:
             return ""
         n = len(self._file[values])
         last = 0 if self._last is None else int(self._last)
