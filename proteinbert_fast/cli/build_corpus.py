@@ -22,7 +22,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the command to the program's parser."""
     parser = subparsers.add_parser(
         "build-corpus",
-        help="build a pretraining corpus from UniRef, UniProtKB or FASTA files",
+        help="build a corpus from UniRef, UniProtKB or FASTA files",
         description="Build a pretraining corpus: proteins in a shuffled order, GO terms, held-out sets.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

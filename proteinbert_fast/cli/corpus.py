@@ -13,7 +13,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the command to the program's parser."""
     parser = subparsers.add_parser(
         "corpus",
-        help="look at a pretraining corpus, or check it",
+        help="look at a corpus, or check it",
         description="Look at a pretraining corpus, check it, or write it as a dataset of the original.",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)

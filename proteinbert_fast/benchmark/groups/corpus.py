@@ -218,10 +218,13 @@ def _terms_of_obo(path: Path) -> dict[str, int]:
 def _corpus(path: Path) -> Iterator[tuple[str, str, frozenset[str]]]:
     with Corpus(path) as corpus:
         terms = [term.id for term in corpus.terms]
-        for i in range(len(corpus)):
-            record = corpus[i]
-            residues = "".join(VOCABULARY[token] for token in record.tokens.tolist())
-            yield record.id, residues, frozenset(terms[k] for k in record.go_indices.tolist())
+        letters = VOCABULARY.encode().ljust(256, b"?")
+        for part in corpus.slices():
+            residues = part.tokens.tobytes().translate(letters).decode()
+            for i, name in enumerate(part.ids.tolist()):
+                own = part.go_indices[part.go_offsets[i] : part.go_offsets[i + 1]].tolist()
+                sequence = residues[part.offsets[i] : part.offsets[i + 1]]
+                yield name.decode(), sequence, frozenset(terms[k] for k in own)
 
 
 def _dense(path: Path) -> Iterator[tuple[str, str, frozenset[str]]]:
