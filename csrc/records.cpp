@@ -29,7 +29,7 @@ using std::string_view;
 
 namespace {
 
-constexpr size_t kLongest = size_t{1} << 28;  // bytes of one tag, text or line; titin's sequence has 35,000
+constexpr size_t kLongest = size_t{1} << 26;  // bytes of one tag, text or line; titin's sequence has 35,000
 constexpr size_t kDeepest = 64;               // nested elements; UniProt's files have 8
 constexpr int32_t kMalformedGo = -1;
 
@@ -153,7 +153,7 @@ class Reader {
     drop(at_);
     buffer_.append(piece);
     read(last);
-    if (buffer_.size() - at_ > kLongest) fail(at_, "a tag, text or line of more than 256 MB");
+    if (buffer_.size() - at_ > kLongest) fail(at_, "a tag, text or line of more than 64 MB");
   }
 
   Columns columns;

@@ -1,6 +1,7 @@
 """Corpora: the same proteins, terms and sets from every kind of input, and nothing damaged is taken for whole."""
 
 import gzip
+import hashlib
 import json
 import os
 import pickle
@@ -114,8 +115,9 @@ def test_ancestors_and_counts_by_choice(entries: Path, obo: Path, tmp_path: Path
     assert verify_corpus(out) == []
 
 
-def test_without_ontology(entries: Path, tmp_path: Path) -> None:
+def test_without_ontology(entries: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     report = build_corpus(entries, tmp_path / "out.h5").report
+    assert caplog.messages == ["9 GO terms of the input are left out: no ontology was given"]
     assert "go" not in report
     assert content(tmp_path / "out.h5")["D"] == ("MKTAYIAKQR", set())
     assert verify_corpus(tmp_path / "out.h5") == []
@@ -393,7 +395,7 @@ def test_any_hdf5_reader_reads_it(entries: Path, obo: Path, tmp_path: Path) -> N
     with h5py.File(tmp_path / "a.h5") as file:
         i = list(file["ids"].asstr()).index("D")
         offsets, go_offsets = file["offsets"][:], file["go_offsets"][:]
-        letters = file.attrs["vocabulary"]
+        letters = file.attrs["vocabulary"].decode()
         residues = file["tokens"][offsets[i] : offsets[i + 1]]
         assert "".join(letters[t] for t in residues) == "MKTAYIAKQR"
         terms = file["terms/ids"].asstr()[:][file["go_indices"][go_offsets[i] : go_offsets[i + 1]]]
@@ -450,6 +452,37 @@ def delete(name: str) -> Callable[[Path], None]:
 NAMES = [column.name for column in layout.COLUMNS]
 
 
+def test_verify_survives_any_damage(entries: Path, obo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.h5"
+    build_corpus(entries, out, ontology=obo, min_count=1)
+    whole = out.read_bytes()
+    draw = random.Random(0)
+    found = 0
+    for _ in range(150):
+        content = bytearray(whole)
+        for _ in range(draw.choice((1, 4))):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        out.write_bytes(content)
+        try:
+            broken = verify_corpus(out)
+            found += bool(broken)
+        except InputError as error:
+            broken = [str(error)]
+            found += 1
+        assert all("\n" not in line for line in broken)
+    assert found > 50  # of the rest, most bytes are unused or say the same
+
+
+def test_a_report_that_is_lost(entries: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.h5"
+    build_corpus(entries, out)
+    with h5py.File(out, "a") as file:
+        del file["report"]
+    assert verify_corpus(out) == ["report: is missing or damaged"]
+    with Corpus(out) as corpus, pytest.raises(InputError, match=r"a\.h5: report: is missing or damaged"):
+        _ = corpus.report
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("how", [damage_value, damage_bytes, delete])
 def test_verify_names_the_broken_dataset(
@@ -474,7 +507,7 @@ def test_verify_finds_what_digests_do_not(entries: Path, obo: Path, tmp_path: Pa
             values = np.asarray(values(file[name][:]), file[name].dtype)
             del file[name]
             dataset = file.create_dataset(name, data=values)
-            dataset.attrs["sha256"] = __import__("hashlib").sha256(values.tobytes()).hexdigest()
+            layout.set_attribute(dataset, "sha256", hashlib.sha256(values.tobytes()).hexdigest())
         return verify_corpus(out)
 
     assert broken("tokens", lambda v: np.where(v == v[3], 23, v)) == ["tokens: has values that are no residue"]

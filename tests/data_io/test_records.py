@@ -3,6 +3,7 @@
 import gzip
 import random
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 from pathlib import Path
@@ -341,6 +342,20 @@ def test_close_terms_is_the_union_of_ancestors() -> None:
 
 
 # Files.
+
+
+@pytest.mark.parametrize("without", ["", "isal.isal_zlib"])
+def test_gzip_with_and_without_its_fast_reader(tmp_path: Path, without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if without:
+        monkeypatch.setitem(sys.modules, "isal", None)
+    path = tmp_path / "x.gz"
+    half = gzip.compress(FLAT.encode())
+    path.write_bytes(half + gzip.compress(FLAT.replace("P1;", "Q1;").encode()) + bytes(512))
+    batches = list(read_rows(open_source(path, Role.PROTEIN), lambda n: None))
+    assert b"".join(batch.ids.tobytes() for batch in batches) == b"P1Q1"
+    path.write_bytes(half + b"more")
+    with pytest.raises(InputError, match="the gzip data is damaged"):
+        list(read_rows(open_source(path, Role.PROTEIN), lambda n: None))
 
 
 @pytest.mark.parametrize("part", [0.3, 0.9, 0.999])

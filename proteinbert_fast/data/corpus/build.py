@@ -30,6 +30,7 @@ from proteinbert_fast._version import __version__
 from proteinbert_fast.data.corpus import layout
 from proteinbert_fast.data.corpus import runs as _runs
 from proteinbert_fast.data.corpus.merge import Duplicates, Findings, Merger, Proteins, Rules, Unmatched
+from proteinbert_fast.data.corpus.reader import read_report
 from proteinbert_fast.data.corpus.runs import PartialBuild, RunReader
 from proteinbert_fast.data.corpus.sources import (
     TEST,
@@ -140,8 +141,8 @@ def build_corpus(
         build = options.build(sources, terms)
         if partial.begin(build, sources, build_of(options.output)):
             with h5py.File(options.output, "r") as file:
-                report = json.loads(file[layout.REPORT][()])
-                return Built(options.output, report, str(file.attrs["fingerprint"]), 0.0)
+                report = read_report(file, options.output)
+                return Built(options.output, report, str(layout.attribute(file, "fingerprint")), 0.0)
         try:
             _read_all(partial, sources, options)
             report, fingerprint = _merge_all(partial, sources, options, terms)
@@ -245,11 +246,13 @@ def build_of(path: str) -> dict[str, Any] | None:
     """What build made a corpus; None if it is no corpus of this version."""
     try:
         with h5py.File(path, "r") as file:
-            if (file.attrs.get("format"), file.attrs.get("format_version")) != (layout.FORMAT, layout.VERSION):
+            if layout.attribute(file, "format") != layout.FORMAT:
                 return None
-            build: dict[str, Any] = json.loads(file.attrs["build"])
+            if layout.attribute(file, "format_version") != layout.VERSION:
+                return None
+            build: dict[str, Any] = json.loads(layout.attribute(file, "build"))
             return build
-    except (OSError, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError):
         return None
 
 
@@ -356,6 +359,8 @@ def _merge_all(
             counts.of_term += np.bincount(found.go, minlength=len(of_term))[: len(of_term)]
             bar.update(1)
     findings.check(lambda source: sources[source].path)
+    if terms is None and (given := sum(run.n_go for run in partial.runs)):
+        logger.warning("%s GO terms of the input are left out: no ontology was given", f"{given:,}")
     if not counts.records:
         raise InputError(f"{options.output}: no protein is left to write")
     path = partial.path(_OUTPUT)
@@ -457,13 +462,18 @@ class _Writing:
         fingerprint = layout.fingerprint(self.writer.digests, self.writer.types)
         report = self._report()
         file = self._file
-        file.create_dataset(layout.REPORT, data=json.dumps(report), dtype=h5py.string_dtype(), track_times=False)
-        file.attrs["format"] = layout.FORMAT
-        file.attrs["format_version"] = layout.VERSION
-        file.attrs["fingerprint"] = fingerprint
-        file.attrs["vocabulary"] = VOCABULARY
-        file.attrs["build"] = json.dumps(self._partial.build)
-        file.attrs["version"] = __version__
+        text = np.bytes_(json.dumps(report).encode())
+        dataset = file.create_dataset(layout.REPORT, data=text, track_times=False)
+        layout.set_attribute(dataset, "sha256", hashlib.sha256(text).hexdigest())
+        for name, value in (
+            ("format", layout.FORMAT),
+            ("format_version", layout.VERSION),
+            ("fingerprint", fingerprint),
+            ("vocabulary", VOCABULARY),
+            ("build", json.dumps(self._partial.build)),
+            ("version", __version__),
+        ):
+            layout.set_attribute(file, name, value)
         return report, fingerprint
 
     def _report(self) -> dict[str, Any]:

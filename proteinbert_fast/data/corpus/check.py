@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from proteinbert_fast.data.corpus import layout
-from proteinbert_fast.data.corpus.reader import open_corpus
+from proteinbert_fast.data.corpus.reader import open_corpus, read_report
+from proteinbert_fast.errors import InputError
 
-_PIECE = 1 << 22  # values at a time
 _LAST_TOKEN, _LAST_SPLIT = 22, 2
 
 
@@ -34,15 +34,20 @@ def verify_corpus(path: str | os.PathLike[str], on_bytes: Callable[[int], object
         return list(_Check(file, on_bytes).broken())
 
 
+# What HDF5 and h5py raise about a damaged file.
+_DAMAGE = (KeyError, OSError, RuntimeError, ValueError)
+
+
 class _Check:
     def __init__(self, file: Any, on_bytes: Callable[[int], object]) -> None:
         self._file = file
         self._on_bytes = on_bytes
+        self._data: dict[str, Any] = {}  # datasets that can be opened, and have the right shape and type
         self._digests: dict[str, str] = {}
         self._types: dict[str, str] = {}
 
     def broken(self) -> Iterator[str]:
-        problems = {column.name: self._shape(column) for column in layout.COLUMNS}
+        problems = {column.name: self._open(column) for column in layout.COLUMNS}
         if not any(problems.values()):
             problems = self._sizes() or problems
         for column in layout.COLUMNS:
@@ -53,28 +58,36 @@ class _Check:
         for name, problem in problems.items():
             if problem:
                 yield f"{name}: {problem}"
-        if not any(problems.values()) and layout.fingerprint(self._digests, self._types) != self._file.attrs.get(
-            "fingerprint"
-        ):
-            yield "fingerprint: is not that of the datasets"
+        if not any(problems.values()):
+            expected = _attribute(self._file, "fingerprint")
+            if layout.fingerprint(self._digests, self._types) != expected:
+                yield "fingerprint: is not that of the datasets"
+        try:
+            read_report(self._file, "")
+        except InputError as error:
+            yield str(error).removeprefix(": ")
 
-    def _shape(self, column: layout.Column) -> str:
+    def _open(self, column: layout.Column) -> str:
         try:
             dataset = self._file[column.name]
-        except KeyError as error:
-            return "is missing" if column.name not in self._file else f"cannot be opened ({_one_line(error)})"
-        if len(getattr(dataset, "shape", ())) != 1:
+            shape, dtype = getattr(dataset, "shape", None), getattr(dataset, "dtype", None)
+        except _DAMAGE as error:
+            return "is missing" if "doesn't exist" in str(error) else f"cannot be opened ({_one_line(error)})"
+        if shape is None or dtype is None or len(shape) != 1:
             return "is no dataset of one dimension"
-        if column.dtype is not None and dataset.dtype != np.dtype(column.dtype):
-            return f"has values of type {dataset.dtype}, not {np.dtype(column.dtype)}"
-        if column in (layout.IDS, layout.TERM_IDS, layout.TERM_NAMES) and dataset.dtype.kind != "S":
-            return f"has values of type {dataset.dtype}, not text of fixed width"
-        if column is layout.GO_INDICES and dataset.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
-            return f"has values of type {dataset.dtype}, not uint16 or uint32"
-        return "" if "sha256" in dataset.attrs else "has no digest"
+        if column.dtype is not None and dtype != np.dtype(column.dtype):
+            return f"has values of type {dtype}, not {np.dtype(column.dtype)}"
+        if column in (layout.IDS, layout.TERM_IDS, layout.TERM_NAMES) and dtype.kind != "S":
+            return f"has values of type {dtype}, not text of fixed width"
+        if column is layout.GO_INDICES and dtype not in (np.dtype("<u2"), np.dtype("<u4")):
+            return f"has values of type {dtype}, not uint16 or uint32"
+        if _attribute(dataset, "sha256") is None:
+            return "has no digest"
+        self._data[column.name] = dataset
+        return ""
 
     def _sizes(self) -> dict[str, str]:
-        n, terms = len(self._file["split"]), len(self._file["terms/ids"])
+        n, terms = len(self._data["split"]), len(self._data["terms/ids"])
         wanted = {
             "offsets": n + 1,
             "go_offsets": n + 1,
@@ -84,15 +97,15 @@ class _Check:
             "terms/counts": terms,
         }
         return {
-            name: f"has {len(self._file[name]):,} values where the other datasets want {size:,}"
+            name: f"has {len(self._data[name]):,} values where the other datasets want {size:,}"
             for name, size in wanted.items()
-            if len(self._file[name]) != size
+            if len(self._data[name]) != size
         }
 
     def _values(self, column: layout.Column) -> str:
-        dataset = self._file[column.name]
+        dataset = self._data[column.name]
         digest = hashlib.sha256()
-        judge = _Judge(self._file, column)
+        judge = _Judge(self._data, column)
         wrong = ""
         at = 0
         try:
@@ -102,19 +115,19 @@ class _Check:
                 at += len(piece)
                 self._on_bytes(piece.nbytes)
             wrong = wrong or judge.finish()
-        except (OSError, RuntimeError) as error:
+        except _DAMAGE as error:
             return f"cannot be read behind value {at:,}: cut short or damaged ({_one_line(error)})"
         self._digests[column.name] = digest.hexdigest()
         self._types[column.name] = layout.type_name(dataset.dtype)
-        if digest.hexdigest() != dataset.attrs["sha256"]:
+        if digest.hexdigest() != _attribute(dataset, "sha256"):
             return "its values are not those that were written: the digest differs"
         return wrong
 
     def _go_terms(self) -> str:
         """Terms of each protein ascend, and are counted in the table."""
-        file = self._file
-        counts = np.zeros(len(file["terms/ids"]), np.int64)
-        offsets, indices = file["go_offsets"], file["go_indices"]
+        data = self._data
+        counts = np.zeros(len(data["terms/ids"]), np.int64)
+        offsets, indices = data["go_offsets"], data["go_indices"]
         step = 1 << 16
         for first in range(0, len(offsets) - 1, step):
             here = offsets[first : first + step + 1]
@@ -125,16 +138,23 @@ class _Check:
             steps[starts] = 1
             if (steps <= 0).any():
                 return f"the terms of a protein do not ascend, behind protein {first:,}"
-        if not np.array_equal(counts, file["terms/counts"][:]):
+        if not np.array_equal(counts, data["terms/counts"][:]):
             return "the proteins of a term are not as many as terms/counts says"
         return ""
+
+
+def _attribute(thing: Any, name: str) -> Any:
+    try:
+        return layout.attribute(thing, name)
+    except _DAMAGE:
+        return None
 
 
 class _Judge:
     """What values of a column may be."""
 
-    def __init__(self, file: Any, column: layout.Column) -> None:
-        self._file = file
+    def __init__(self, data: dict[str, Any], column: layout.Column) -> None:
+        self._data = data
         self._name = column.name
         self._last: Any = None
 
@@ -147,7 +167,7 @@ class _Judge:
             case "split":
                 return "has values that are no set" if piece.max() > _LAST_SPLIT else ""
             case "go_indices":
-                known = self._file.get("terms/ids")
+                known = self._data.get("terms/ids")
                 return "has values that are no term" if known is not None and piece.max() >= len(known) else ""
             case "offsets" | "go_offsets":
                 # Every protein has residues, but not every one has terms.
@@ -163,9 +183,9 @@ class _Judge:
 
     def finish(self) -> str:
         values = {"offsets": "tokens", "go_offsets": "go_indices"}.get(self._name)
-        if values is None or values not in self._file:
+        if values is None or values not in self._data:
             return ""
-        n = len(self._file[values])
+        n = len(self._data[values])
         last = 0 if self._last is None else int(self._last)
         return "" if last == n else f"ends at {last:,} where {values} has {n:,} values"
 

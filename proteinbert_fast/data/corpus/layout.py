@@ -77,6 +77,23 @@ def type_name(dtype: np.dtype[Any]) -> str:
     return str(np.dtype(dtype.str))
 
 
+def set_attribute(thing: Any, name: str, value: str | int) -> None:
+    """Gives a dataset or file an attribute. Text has fixed width, because the checksums of HDF5 cover that: text of
+    variable width lies elsewhere, and when it is damaged, the library may never return from reading it.
+    """
+    thing.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
+
+
+def attribute(thing: Any, name: str) -> Any:
+    """The attribute of a dataset or file, None if there is none.
+
+    Raises:
+        KeyError, OSError, RuntimeError, ValueError: the file is damaged.
+    """
+    value = thing.attrs.get(name)
+    return value.decode() if isinstance(value, bytes) else value
+
+
 class Writer:
     """Fills the datasets of a file that is being written, several at a time, chunks deflated in threads.
 
@@ -163,7 +180,7 @@ class ColumnWriter:
             self._write_one()
         assert self._written * self._chunk >= self._n
         digest = self._digest.hexdigest()
-        self._dataset.attrs["sha256"] = digest
+        set_attribute(self._dataset, "sha256", digest)
         self._writer.digests[self._column.name] = digest
         self._writer.types[self._column.name] = type_name(self._dtype)
 

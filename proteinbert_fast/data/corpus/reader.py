@@ -1,5 +1,6 @@
 """`Corpus`: a corpus file read by record, by slice, or from one end to the other."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -91,7 +92,7 @@ class Corpus:
         self._file = open_corpus(self.path)
         try:
             self._data = {column.name: self._file[column.name] for column in layout.COLUMNS}
-        except KeyError as error:
+        except (KeyError, OSError, RuntimeError) as error:
             self._file.close()
             raise InputError(f"{self.path}: is damaged: {' '.join(str(error).split())}") from error
         self._n = len(self._data["split"])
@@ -125,13 +126,12 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """SHA-256 that names the content."""
-        return str(self._file.attrs["fingerprint"])
+        return str(layout.attribute(self._file, "fingerprint"))
 
     @cached_property
     def report(self) -> dict[str, Any]:
         """What is in it and where that came from (docs/corpus.md lists the fields)."""
-        report: dict[str, Any] = json.loads(self._file[layout.REPORT][()])
-        return report
+        return read_report(self._file, self.path)
 
     @cached_property
     def terms(self) -> tuple[CorpusTerm, ...]:
@@ -226,6 +226,23 @@ class Corpus:
             yield self.read(begin, end)
 
 
+def read_report(file: Any, path: str) -> dict[str, Any]:
+    """The report of an open corpus.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        dataset = file[layout.REPORT]
+        text = dataset[()]
+        report = json.loads(text)
+        if isinstance(report, dict) and hashlib.sha256(text).hexdigest() == layout.attribute(dataset, "sha256"):
+            return report
+    except (KeyError, TypeError, ValueError, OSError, RuntimeError):
+        pass
+    raise InputError(f"{path}: {layout.REPORT}: is missing or damaged")
+
+
 def open_corpus(path: str) -> Any:
     """An HDF5 file that says that it is a corpus of this version.
 
@@ -241,10 +258,14 @@ def open_corpus(path: str) -> Any:
         raise InputError(
             f"{path}: cannot be read as HDF5: cut short, damaged, or another kind of file ({why})"
         ) from error
-    found, version = file.attrs.get("format"), file.attrs.get("format_version")
-    if found == layout.FORMAT and version == layout.VERSION:
-        return file
-    is_dense = dense.is_dense(file)
+    try:
+        found, version = layout.attribute(file, "format"), layout.attribute(file, "format_version")
+        if found == layout.FORMAT and version == layout.VERSION:
+            return file
+        is_dense = dense.is_dense(file)
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        file.close()
+        raise InputError(f"{path}: is damaged: {' '.join(str(error).split())}") from error
     file.close()
     if is_dense:
         raise InputError(f"{path}: is a dataset of the original; build-corpus takes it as an input")
