@@ -61,6 +61,9 @@ def test_every_case_is_right(name: str, setup: Setup):
         if case.owner.startswith(competitors.OTHER_PACKAGE):
             assert row.status == "unavailable" or "not checked" in row.note
             continue
+        if case.owner.startswith("lxml") and row.status == "unavailable":
+            assert "not installed" in row.note
+            continue
         assert row.status == "measured", f"{case.label}: {row.check} {row.note}"
         assert ready is not None
         assert row.check is not None or case.probe in {"matrix", "convolution"}

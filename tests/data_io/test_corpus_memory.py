@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("fastobo")
+
 # Peaks in KB: of the same build on one, two and eight parts; runs and ranges are small, so that there are many of them.
 PEAKS = """
 import resource, sys, zlib
