@@ -41,6 +41,6 @@ def extension(name: str) -> Pybind11Extension:
 
 ParallelCompile(default=os.cpu_count() or 1).install()
 setup(
-    ext_modules=[extension("tokenizer"), extension("cpu_kernels")],
+    ext_modules=[extension("tokenizer"), extension("cpu_kernels"), extension("records")],
     cmdclass={"build_ext": BuildExtensions},
 )

@@ -146,7 +146,7 @@ class TestMetadata:
     def test_types_and_extensions_are_shipped(self) -> None:
         folder = Path(proteinbert_fast.__file__).parent
         assert (folder / "py.typed").is_file()
-        for name in ("_tokenizer", "_cpu_kernels"):
+        for name in ("_tokenizer", "_cpu_kernels", "_records"):
             assert (folder / f"{name}.pyi").is_file()
             assert list(folder.glob(f"{name}.*.so"))
 

@@ -50,6 +50,7 @@ GROUPS = {
         Group("tokenizer", "Tokenizer: residues in memory to packed tokens"),
         Group("forward", "Model: forward pass, tokens to states"),
         Group("embed", "Embedding: FASTA file to HDF5 file"),
+        Group("corpus", "Corpus: UniRef XML to a dataset for pretraining"),
         Group("memory", "Memory: peak while embedding one long protein"),
     )
 }

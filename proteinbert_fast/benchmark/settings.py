@@ -23,6 +23,7 @@ class Settings:
         compile: whether to run competitors under torch.compile too.
         tokenizer_bytes: residues in memory for the tokenizer.
         memory_lengths: residues of the proteins whose peak memory is measured.
+        corpus_entries: of the UniRef XML that corpora are built from.
         matrix_sizes: of the square matrices whose products show the machine's matrix rate; a convolution of as many
             rows as the smallest does too.
         copied_bytes: of the array whose copying shows its copy rate; more than fits into caches.
@@ -39,6 +40,7 @@ class Settings:
     compile: bool = True
     tokenizer_bytes: int = 32_000_000
     memory_lengths: tuple[int, ...] = (34_350, 125_000, 250_000, 500_000, 1_000_000)
+    corpus_entries: int = 30_000
     matrix_sizes: tuple[int, ...] = (2048, 4096)
     copied_bytes: int = 1 << 27
     is_quick: bool = False
@@ -54,6 +56,7 @@ class Settings:
             compile=False,
             tokenizer_bytes=4_000_000,
             memory_lengths=(10_000, 34_350, 70_000),
+            corpus_entries=3000,
             matrix_sizes=(2048,),
             is_quick=True,
         )

@@ -26,6 +26,11 @@ DEBUG = "PROTEINBERT_FAST_DEBUG"
 # imported, so that the others cost nothing.
 COMMANDS = {
     "embed": ("proteinbert_fast.cli.embed", "embed the proteins of FASTA files to an HDF5 file"),
+    "build-corpus": (
+        "proteinbert_fast.cli.build_corpus",
+        "build a corpus from UniRef, UniProtKB or FASTA files",
+    ),
+    "corpus": ("proteinbert_fast.cli.corpus", "look at a corpus, or check it"),
     "convert": ("proteinbert_fast.cli.convert", "convert checkpoints from and to the original's pickle"),
     "doctor": ("proteinbert_fast.cli.doctor", "show versions, devices and back ends, and run a self-check"),
     "bench": ("proteinbert_fast.cli.bench", "measure speed and memory on this machine"),

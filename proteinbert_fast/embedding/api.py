@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from proteinbert_fast._version import __version__
 from proteinbert_fast.data.fasta import Duplicates, Lowercase, check_choice
+from proteinbert_fast.data.prefetch import Prefetched
 from proteinbert_fast.embedding.hdf5 import Contents, write_output
 from proteinbert_fast.embedding.partial import PartialRun, Run
-from proteinbert_fast.embedding.pipeline import NUMPY_DTYPE, Embedder, Plan, Prefetched, Window, windows
+from proteinbert_fast.embedding.pipeline import NUMPY_DTYPE, Embedder, Plan, Window, windows
 from proteinbert_fast.embedding.selection import Layers, Per, Pooling, Selection
 from proteinbert_fast.embedding.sources import FastaSource, Layout, MemorySource, Scan, open_source
 from proteinbert_fast.errors import InputError

@@ -4,25 +4,22 @@ The same run always gives the same bytes, however often it was interrupted: noth
 time or on where one shard ends and the next begins.
 """
 
-import io
 import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 
-from proteinbert_fast.embedding.partial import SCHEMA, PartialRun, Shard, flush_folder
+from proteinbert_fast.data.disk import Sink, flush_folder
+from proteinbert_fast.embedding.partial import SCHEMA, PartialRun, Shard
 from proteinbert_fast.embedding.sources import dataset_name
 from proteinbert_fast.errors import ProteinBertError
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -69,7 +66,7 @@ def write_output(partial: PartialRun, contents: Contents, on_bytes: Callable[[in
     """
     path = partial.path(_MERGED)
     try:
-        with _Sink(path) as sink:
+        with Sink(path) as sink:
 
             def checked(n_bytes: int) -> None:
                 sink.check()
@@ -185,77 +182,3 @@ class _ShardReader:
                 yield np.frombuffer(data, dtype).reshape(-1, width)
         if left or zlib.crc32(self._tail, crc32) != self._shard.crc32:
             raise ProteinBertError(f"{self._path}: is damaged on the disk; start anew with --overwrite")
-
-
-class _Sink(io.RawIOBase):
-    """A file for HDF5 to write to, in which writing never seems to fail.
-
-    HDF5 crashes the process when it closes a file that it could not write. So the first error is kept for
-    `check`, and from then on writing does nothing.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o666)
-        self._position = 0
-        self._error: BaseException | None = None
-
-    def check(self) -> None:
-        """Raises the first error."""
-        if self._error is not None:
-            raise self._error
-
-    def flush_to_disk(self) -> None:
-        """Returns when everything is on the disk."""
-        os.fsync(self._file)
-
-    def write(self, data: "ReadableBuffer", /) -> int:
-        view = memoryview(data).cast("B")
-        size = len(view)
-        try:
-            while view and self._error is None:
-                written = os.pwrite(self._file, view, self._position)
-                self._position += written
-                view = view[written:]
-        except BaseException as error:  # an interrupt as well
-            self._error = error
-        self._position += len(view)
-        return size
-
-    def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        view = memoryview(buffer).cast("B")
-        data = os.pread(self._file, len(view), self._position)
-        self._position += len(view)
-        # What an error kept from being written reads as zeros.
-        view[:] = data.ljust(len(view), b"\0")
-        return len(view)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position}.get(whence)
-        self._position = offset + (os.fstat(self._file).st_size if base is None else base)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def truncate(self, size: int | None = None, /) -> int:
-        size = self._position if size is None else size
-        try:
-            if self._error is None:
-                os.ftruncate(self._file, size)
-        except BaseException as error:  # an interrupt as well
-            self._error = error
-        return size
-
-    def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._file)
-        super().close()

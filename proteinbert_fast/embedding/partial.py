@@ -29,6 +29,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from proteinbert_fast.data.disk import flush_folder, remove, write_all
 from proteinbert_fast.errors import InputError, ProteinBertError
 
 Run = dict[str, Any]
@@ -169,10 +170,10 @@ class PartialRun:
             self._state.open.discard()
         with suppress(OSError):
             if self.begun and not self.shards:
-                _remove(self.path(MANIFEST))
+                remove(self.path(MANIFEST))
             self._remove_leftovers(("shard-", "merged", "input-") if self.begun else ("input-",))
             if not os.path.exists(self.path(MANIFEST)):
-                _remove(self.path(LOCK))
+                remove(self.path(LOCK))
                 with suppress(OSError):  # somebody else's files are in it
                     os.rmdir(self.folder)
 
@@ -332,7 +333,7 @@ class PartialRun:
     def finish(self) -> None:
         """Removes the folder, after the output has its name."""
         self._state = _State((), None, True)
-        _remove(self.path(MANIFEST))
+        remove(self.path(MANIFEST))
         self._remove_leftovers(("shard-",))
 
     def path(self, name: str) -> str:
@@ -352,7 +353,7 @@ class PartialRun:
         named = {shard.file for shard in self.shards}
         for name in os.listdir(self.folder):
             if name.startswith(prefixes) and name not in named:
-                _remove(self.path(name))
+                remove(self.path(name))
 
 
 class _State(NamedTuple):
@@ -394,7 +395,7 @@ class _OpenShard:
         data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
         self._crc32 = zlib.crc32(data, self._crc32)
         self.written += len(data)
-        _write_all(self._file, data)
+        write_all(self._file, data)
 
     def add_records(
         self, ids: Sequence[str], lengths: Sequence[int], full_lengths: Sequence[int], n_overflowed: int
@@ -413,7 +414,7 @@ class _OpenShard:
         # repeated.
         os.ftruncate(self._file, row_bytes)
         os.lseek(self._file, row_bytes, os.SEEK_SET)
-        _write_all(self._file, memoryview(tail))
+        write_all(self._file, memoryview(tail))
         os.fsync(self._file)
         if os.path.exists(self._path):
             os.replace(self._path, os.path.join(folder, name))
@@ -426,7 +427,7 @@ class _OpenShard:
 
     def discard(self) -> None:
         self.close()
-        _remove(self._path)
+        remove(self._path)
 
 
 def run_of(output: str) -> Run | None:
@@ -439,15 +440,6 @@ def run_of(output: str) -> Run | None:
             return run
     except (OSError, KeyError, TypeError, ValueError):
         return None
-
-
-def flush_folder(folder: str) -> None:
-    """Makes the names in a folder last through a power cut."""
-    handle = os.open(folder or ".", os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _difference(old: Run, new: Run) -> str:
@@ -463,13 +455,3 @@ def _difference(old: Run, new: Run) -> str:
             was, now = ([file["name"] for file in files] for files in (was, now))
         return f"{key} was {json.dumps(was)}, now {json.dumps(now)}"
     return ""
-
-
-def _write_all(file: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(file, data) :]
-
-
-def _remove(path: str) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(path)

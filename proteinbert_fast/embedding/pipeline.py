@@ -5,13 +5,11 @@ residues, so many bytes of results), never by the clock: a run that starts again
 computes the same batches.
 """
 
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Generic, Self, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +24,6 @@ from proteinbert_fast.outputs import ProteinBertOutput
 from proteinbert_fast.packing import PackedBatch, batches_by_tokens
 from proteinbert_fast.tokenizer import Tokenizer
 
-T = TypeVar("T")
 Rows = npt.NDArray[Any]
 
 NUMPY_DTYPE: dict[torch.dtype, np.dtype[Any]] = {
@@ -285,56 +282,3 @@ class Embedder:
                 f"{window.places[i]}: has values over 65,504, which float16 stores as infinite; "
                 "storage dtype float32 keeps them"
             )
-
-
-class Prefetched(Generic[T]):
-    """Runs an iterator in a thread, a few items ahead. Use as a context: leaving it stops the thread.
-
-    Args:
-        items: what to run.
-        ahead: most items that wait.
-    """
-
-    def __init__(self, items: Iterator[T], ahead: int = 2) -> None:
-        self._items = items
-        self._queue: queue.Queue[T | _End] = queue.Queue(ahead)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._produce, name="reader", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def __iter__(self) -> Iterator[T]:
-        while not isinstance(item := self._queue.get(), _End):
-            yield item
-        if item.error is not None:
-            raise item.error
-
-    def _produce(self) -> None:
-        end = _End(None)
-        try:
-            for item in self._items:
-                if not self._put(item):
-                    return
-        except BaseException as error:
-            end = _End(error)
-        self._put(end)
-
-    def _put(self, item: "T | _End") -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-
-@dataclass(frozen=True)
-class _End:
-    error: BaseException | None

@@ -15,6 +15,7 @@ TINY = Settings(
     compile=False,
     tokenizer_bytes=20_000,
     memory_lengths=(200, 400),
+    corpus_entries=60,
     matrix_sizes=(64,),
     copied_bytes=10_000,
 )
