@@ -31,7 +31,7 @@ def run_python(code: str, *options: str, cwd: Path | None = None) -> subprocess.
 
 def blocks(page: Path, language: str) -> list[str]:
     """The fenced blocks of one language, but for those marked as not to be run."""
-    fence = re.compile(rf"^(<!-- not run: .+ -->\n)?```{language}\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+    fence = re.compile(rf"^(<!-- not run: [^\n]+ -->\n)?```{language}\n(.*?)^```$", re.DOTALL | re.MULTILINE)
     return [match[2] for match in fence.finditer(page.read_text("utf-8")) if match[1] is None]
 
 
