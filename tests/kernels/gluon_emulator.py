@@ -50,6 +50,7 @@ class Pointer:
 
     def __init__(self, values: Tensor, offset: Tensor | None = None, origin: int = 0) -> None:
         self.values, self.origin = values.view(-1), origin
+        self.dtype = types.SimpleNamespace(element_ty=values.dtype)
         self.offset = torch.zeros((), dtype=torch.int64) if offset is None else offset
 
     def __add__(self, more: Tensor | int) -> "Pointer":
@@ -120,7 +121,8 @@ class Shared:
     """A view of shared memory."""
 
     def __init__(self, program: "Program", start: int, dtype: torch.dtype, shape: Iterable[int], layout: Any,
-                 origin: tuple[int, ...] | None = None) -> None:  # fmt: skip
+                 origin: tuple[int, ...] | None = None, is_turned: bool = False) -> None:  # fmt: skip
+        self.is_turned = is_turned
         self.program, self.start, self.dtype, self.layout = program, start, dtype, layout
         self.shape = tuple(shape)
         self.origin = origin or (0,) * len(self.shape)
@@ -140,11 +142,15 @@ class Shared:
         shape[dim], origin[dim] = length, origin[dim] + start
         return Shared(self.program, self.start, self.dtype, shape, self.layout, tuple(origin))
 
+    def permute(self, order: list[int]) -> "Shared":
+        require(order == [1, 0] and not self.is_turned, "not emulated: this order")
+        return Shared(self.program, self.start, self.dtype, self.shape, self.layout, self.origin, True)
+
     def places(self) -> Tensor:
         """Index of each element among all of shared memory's 16-bit words."""
         where, first, last = _places(self.start, self.layout, self.shape, self.origin)
         require(first >= 0 and last < self.program.used // 2, "a view outside what is allocated")
-        return where
+        return where.T if self.is_turned else where
 
     def read(self) -> Tensor:
         where = self.places()
@@ -225,7 +231,7 @@ class Program:
 
 def check_matrix_descriptor(view: Shared) -> None:
     """A view of planes is what the hardware reads: 8 x 8 blocks at two strides, from a multiple of 16 bytes."""
-    at = view.places() * 2
+    at = (view.places().T if view.is_turned else view.places()) * 2
     start, by_rows, by_channels = int(at[0, 0]), int(at[8, 0] - at[0, 0]), int(at[0, 8] - at[0, 0])
     require(start % 16 == 0 and by_rows % 16 == 0 and by_channels % 16 == 0, "an operand off a multiple of 16 bytes")
     rows, channels = (torch.arange(n) for n in view.shape)
@@ -352,18 +358,22 @@ class Gluon:
         def product(a: Shared, b: Shared, total: Tensor | Pending, is_async: bool = False) -> Pending:
             require(is_async, "not emulated: products that wait")
             pending = total if isinstance(total, Pending) else Pending(total)
-            if isinstance(a.layout, gl.SharedLinearLayout):
-                check_matrix_descriptor(a)
-            require(b.start % 1024 == 0, "a swizzled operand off a multiple of 1,024 bytes")
+            for operand in (a, b):
+                if isinstance(operand.layout, gl.SharedLinearLayout):
+                    check_matrix_descriptor(operand)
+                else:
+                    require(operand.start % 1024 == 0, "a swizzled operand off a multiple of 1,024 bytes")
             p.products.append((a, b, pending, p.operand(a), p.operand(b)))
             return pending
 
-        def product_wait(num_outstanding: int, deps: list[Tensor | Pending]) -> Tensor | Pending:
+        def product_wait(num_outstanding: int, deps: list[Tensor | Pending]) -> Any:
             p.end_products(num_outstanding)
-            (total,) = deps
-            if isinstance(total, Pending) and not any(pending is total for _, _, pending, *_ in p.products):
-                return total.total
-            return total
+            under_way = [pending for _, _, pending, *_ in p.products]
+            totals = [
+                t.total if isinstance(t, Pending) and not any(t is pending for pending in under_way) else t
+                for t in deps
+            ]
+            return totals[0] if len(totals) == 1 else totals
 
         self.replaced = {
             id(gl): self.language, id(async_copy): self.async_copy, id(mbarrier): self.mbarrier, id(tma): self.tma,
