@@ -121,8 +121,7 @@ class Shared:
     """A view of shared memory."""
 
     def __init__(self, program: "Program", start: int, dtype: torch.dtype, shape: Iterable[int], layout: Any,
-                 origin: tuple[int, ...] | None = None, is_turned: bool = False) -> None:  # fmt: skip
-        self.is_turned = is_turned
+                 origin: tuple[int, ...] | None = None) -> None:  # fmt: skip
         self.program, self.start, self.dtype, self.layout = program, start, dtype, layout
         self.shape = tuple(shape)
         self.origin = origin or (0,) * len(self.shape)
@@ -142,15 +141,11 @@ class Shared:
         shape[dim], origin[dim] = length, origin[dim] + start
         return Shared(self.program, self.start, self.dtype, shape, self.layout, tuple(origin))
 
-    def permute(self, order: list[int]) -> "Shared":
-        require(order == [1, 0] and not self.is_turned, "not emulated: this order")
-        return Shared(self.program, self.start, self.dtype, self.shape, self.layout, self.origin, True)
-
     def places(self) -> Tensor:
         """Index of each element among all of shared memory's 16-bit words."""
         where, first, last = _places(self.start, self.layout, self.shape, self.origin)
         require(first >= 0 and last < self.program.used // 2, "a view outside what is allocated")
-        return where.T if self.is_turned else where
+        return where
 
     def read(self) -> Tensor:
         where = self.places()
@@ -231,10 +226,12 @@ class Program:
 
 def check_matrix_descriptor(view: Shared) -> None:
     """A view of planes is what the hardware reads: 8 x 8 blocks at two strides, from a multiple of 16 bytes."""
-    at = (view.places().T if view.is_turned else view.places()) * 2
+    at = view.places() * 2
+    if at[1, 0] - at[0, 0] == 2:  # turned: (channels, rows)
+        at = at.T
     start, by_rows, by_channels = int(at[0, 0]), int(at[8, 0] - at[0, 0]), int(at[0, 8] - at[0, 0])
     require(start % 16 == 0 and by_rows % 16 == 0 and by_channels % 16 == 0, "an operand off a multiple of 16 bytes")
-    rows, channels = (torch.arange(n) for n in view.shape)
+    rows, channels = (torch.arange(n) for n in at.shape)
     expected = start + (rows // 8 * by_rows + rows % 8 * 16)[:, None] + channels // 8 * by_channels + channels % 8 * 2
     require(torch.equal(at, expected), "an operand that no matrix descriptor describes")
 

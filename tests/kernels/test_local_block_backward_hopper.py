@@ -78,8 +78,11 @@ def check(case: Case, g: Gradients, found: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("runs", "where"), RUNS)
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("residues", [(0,), (1, 1), (61, 62, 63), (106,)], ids=str)
+@pytest.mark.parametrize(
+    ("residues", "dtype"),
+    [((0,), HALF[0]), ((1, 1), HALF[1]), ((61, 62, 63), HALF[0]), ((106,), HALF[1])],
+    ids=str,
+)
 def test_equals_the_reference(residues, dtype, runs, where):
     case = Case(config_of(128), residues, dtype, where)
     g = Gradients(case)
@@ -90,7 +93,6 @@ def test_equals_the_reference(residues, dtype, runs, where):
 @pytest.mark.parametrize(
     "chosen",
     [
-        HopperConfiguration(64, 64, 4, 3, None),
         HopperConfiguration(128, 32, 8, 6, 128),
         HopperConfiguration(256, 64, 8, 6, None),
     ],
@@ -200,15 +202,14 @@ def check_weights(case: Case, gradient: Tensor, dilation: int, parts: Tensor) ->
 
 
 @pytest.mark.parametrize(("runs", "where"), RUNS_WEIGHTS)
-@pytest.mark.parametrize("dilation", [1, 5])
 @pytest.mark.parametrize(
-    ("residues", "dtype", "chosen"),
+    ("residues", "dtype", "dilation", "chosen"),
     [
-        ((0,), torch.bfloat16, SHIPPED_WEIGHTS),
-        ((61, 62, 63), torch.float16, SHIPPED_WEIGHTS),
-        ((300, 1, 209), torch.bfloat16, SHIPPED_WEIGHTS),
-        ((150, 3, 140), torch.bfloat16, HopperWeights(64, 3)),
-        ((150, 3, 140), torch.bfloat16, HopperWeights(32, 6)),
+        ((0,), torch.bfloat16, 5, SHIPPED_WEIGHTS),
+        ((61, 62, 63), torch.float16, 1, SHIPPED_WEIGHTS),
+        ((300, 1, 209), torch.bfloat16, 5, SHIPPED_WEIGHTS),
+        ((150, 3, 140), torch.bfloat16, 1, HopperWeights(64, 3)),
+        ((150, 3, 40), torch.bfloat16, 5, HopperWeights(32, 6)),
     ],
     ids=str,
 )
@@ -288,7 +289,7 @@ PLANTED_WEIGHTS = {
     "no mask at the gradient's end": ("(rows < left)[:, None],\n", "(rows < K)[:, None],\n", "outside its array"),
     "a wait too short": ("wait_group(STAGES - 3)", "wait_group(STAGES - 2)", "still writing"),
     "no fence": ("fence_async_shared()\n        #", "#", "no fence and barrier"),
-    "no barrier": ("gl.thread_barrier()\n        turned", "turned", "no fence and barrier"),
+    "no barrier": ("gl.thread_barrier()\n        # One", "# One", "no fence and barrier"),
     "a stage filled too early": ("(STAGES - 2), begin", "(STAGES - 1), begin", None),
     "products of one step too many": ("num_outstanding=3", "num_outstanding=9", "still writing|operands changed"),
     "a halo too short": ("DILATION, D, K, HALO)\n    async", "DILATION, D, K, HALO // 2)\n    async", None),

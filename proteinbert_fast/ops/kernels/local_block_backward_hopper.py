@@ -132,7 +132,7 @@ def weight_gradient_hopper_kernel(
         _copy_rows(GRADIENT, X, gradient, x, step, begin, end, n_rows, shift, DILATION, D, K, STAGES, HALO)
 
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
-    GRADIENT_PLANES: gl.constexpr = planes_layout(K, D)
+    TURNED: gl.constexpr = planes_layout(K, D, True)
     X_PLANES: gl.constexpr = planes_layout(2 * K, D)
     sum0 = gl.zeros([D, D], gl.float32, SUM)
     sum1 = gl.zeros([D, D], gl.float32, SUM)
@@ -143,15 +143,18 @@ def weight_gradient_hopper_kernel(
         fence_async_shared()
         # Behind it, every warp has also waited for the products of the step before last, whose stage is filled below.
         gl.thread_barrier()
-        turned = gradient.index(stage * (D // 8 * K))._reinterpret(dtype, [K, D], GRADIENT_PLANES).permute([1, 0])
-        at = stage * (D // 8 * 2 * K)
-        x0 = x.index(at)._reinterpret(dtype, [2 * K, D], X_PLANES).slice(0, K, 0)
-        x1 = x.index(at + DILATION)._reinterpret(dtype, [2 * K, D], X_PLANES).slice(0, K, 0)
-        x2 = x.index(at + 2 * DILATION)._reinterpret(dtype, [2 * K, D], X_PLANES).slice(0, K, 0)
-        sum0 = warpgroup_mma(turned, x0, sum0, is_async=True)
-        sum1 = warpgroup_mma(turned, x1, sum1, is_async=True)
-        sum2 = warpgroup_mma(turned, x2, sum2, is_async=True)
-        sum0, sum1, sum2 = warpgroup_mma_wait(num_outstanding=3, deps=[sum0, sum1, sum2])
+        # One instruction's 16 rows at a time: further on within a view, Triton gives matrix descriptors a base offset,
+        # which without swizzling has no meaning.
+        for row in gl.static_range(0, K, 16):
+            turned = gradient.index(stage * (D // 8 * K) + row)._reinterpret(dtype, [D, K], TURNED).slice(0, 16, 1)
+            at = stage * (D // 8 * 2 * K) + row
+            x0 = x.index(at)._reinterpret(dtype, [2 * K, D], X_PLANES).slice(0, 16, 0)
+            x1 = x.index(at + DILATION)._reinterpret(dtype, [2 * K, D], X_PLANES).slice(0, 16, 0)
+            x2 = x.index(at + 2 * DILATION)._reinterpret(dtype, [2 * K, D], X_PLANES).slice(0, 16, 0)
+            sum0 = warpgroup_mma(turned, x0, sum0, is_async=True)
+            sum1 = warpgroup_mma(turned, x1, sum1, is_async=True)
+            sum2 = warpgroup_mma(turned, x2, sum2, is_async=True)
+        sum0, sum1, sum2 = warpgroup_mma_wait(num_outstanding=3 * (K // 16), deps=[sum0, sum1, sum2])
         _copy_rows(
             GRADIENT, X, gradient, x, step + (STAGES - 2), begin, end, n_rows, shift, DILATION, D, K, STAGES, HALO
         )  # fmt: skip

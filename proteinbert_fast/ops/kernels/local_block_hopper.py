@@ -33,17 +33,18 @@ HALO = 64
 
 
 @gluon.constexpr_function
-def planes_layout(rows, channels):
+def planes_layout(rows, channels, turned=False):
     """(rows, channels) in shared memory as planes of 8 channels, each a column of rows of 16 bytes.
+
+    Where turned, a (channels, rows) view of the same.
 
     The next row is 16 bytes on wherever it lies. A matrix descriptor without swizzling only counts strides from any
     start at a multiple of 16 bytes, so the tile shifted by some rows is the same descriptor from another start.
     """
     row_bits, plane_bits = rows.bit_length() - 1, (channels // 8).bit_length() - 1
     within_row = [[0, 1], [0, 2], [0, 4]]
-    return gl.SharedLinearLayout(
-        within_row + [[1 << i, 0] for i in range(row_bits)] + [[0, 8 << i] for i in range(plane_bits)]
-    )
+    bases = within_row + [[1 << i, 0] for i in range(row_bits)] + [[0, 8 << i] for i in range(plane_bits)]
+    return gl.SharedLinearLayout([basis[::-1] for basis in bases] if turned else bases)
 
 
 @gluon.constexpr_function
