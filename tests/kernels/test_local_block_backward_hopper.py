@@ -80,7 +80,7 @@ def check(case: Case, g: Gradients, found: Tensor) -> None:
 @pytest.mark.parametrize(("runs", "where"), RUNS)
 @pytest.mark.parametrize(
     ("residues", "dtype"),
-    [((0,), HALF[0]), ((1, 1), HALF[1]), ((61, 62, 63), HALF[0]), ((106,), HALF[1])],
+    [((0,), HALF[0]), ((1, 1), HALF[1]), ((61, 2, 63), HALF[0]), ((106,), HALF[1])],
     ids=str,
 )
 def test_equals_the_reference(residues, dtype, runs, where):
@@ -302,7 +302,7 @@ PLANTED_WEIGHTS = {
 def test_a_planted_mistake_in_weights_is_found(name, tmp_path):
     old, new, says = PLANTED_WEIGHTS[name]
     module = changed(local_block_backward_hopper, old, new, tmp_path)
-    case = Case(config_of(128), (100, 150), torch.bfloat16, CPU)
+    case = Case(config_of(128), (130,), torch.bfloat16, CPU)
     gradient = Gradients(case).narrow
     with pytest.raises(EmulationError if says else AssertionError, match=says):
         emulate_last_weights_of_many(module) if "32" in name else check_weights(
