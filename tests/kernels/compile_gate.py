@@ -32,7 +32,12 @@ BACKWARD = (
     "convolution_gradient", "weight_gradient", "dense_weight_gradient", "first_weight_gradient",
     "attention_rows_gradient", "attention_weights_gradient", "global_track_gradient",
 )  # fmt: skip
-HOPPER = ("local_block_hopper", "local_block_hopper_for_training", "convolution_gradient_hopper")
+HOPPER = (
+    "local_block_hopper",
+    "local_block_hopper_for_training",
+    "convolution_gradient_hopper",
+    "weight_gradient_hopper",
+)
 SUMS = ("add_spans", "row_sums", "add_parts")
 LOSSES = ("token_loss", "token_loss_backward", "annotation_loss", "annotation_slope")
 # Capability, dtype and width of what --brief compiles.
@@ -154,7 +159,8 @@ def hopper_targets() -> list[Target]:
         Target(name, 90, dtype, d_local)
         for dtype, d_local in sizes
         for name in HOPPER
-        if portable_because(90, d_local, getattr(torch, dtype)) is None
+        if (name != "weight_gradient_hopper" or d_local == 128)
+        and portable_because(90, d_local, getattr(torch, dtype)) is None
     ]
 
 
@@ -362,7 +368,11 @@ def faults(target: Target, found: dict[str, Any]) -> list[str]:
         lines.append(f"{fit} programs on a multiprocessor, {budget.programs} wanted")
     if found.get("unordered"):
         lines.append(f"{found['unordered']} accesses to shared memory that no barrier keeps apart")
-    if target.capability == 90 and target.kernel.startswith(("local_block", "convolution_gradient")) and budget.matrix:
+    if (
+        target.capability == 90
+        and target.kernel.startswith(("local_block", "convolution_gradient", "weight_gradient_hopper"))
+        and budget.matrix
+    ):
         if not found["wgmma"]:
             lines.append("wgmma was lost")
         elif found["warpgroup"] > found["wgmma"] + 4:

@@ -50,6 +50,7 @@ class Pointer:
 
     def __init__(self, values: Tensor, offset: Tensor | None = None, origin: int = 0) -> None:
         self.values, self.origin = values.view(-1), origin
+        self.dtype = types.SimpleNamespace(element_ty=values.dtype)
         self.offset = torch.zeros((), dtype=torch.int64) if offset is None else offset
 
     def __add__(self, more: Tensor | int) -> "Pointer":
@@ -226,9 +227,11 @@ class Program:
 def check_matrix_descriptor(view: Shared) -> None:
     """A view of planes is what the hardware reads: 8 x 8 blocks at two strides, from a multiple of 16 bytes."""
     at = view.places() * 2
+    if at[1, 0] - at[0, 0] == 2:  # turned: (channels, rows)
+        at = at.T
     start, by_rows, by_channels = int(at[0, 0]), int(at[8, 0] - at[0, 0]), int(at[0, 8] - at[0, 0])
     require(start % 16 == 0 and by_rows % 16 == 0 and by_channels % 16 == 0, "an operand off a multiple of 16 bytes")
-    rows, channels = (torch.arange(n) for n in view.shape)
+    rows, channels = (torch.arange(n) for n in at.shape)
     expected = start + (rows // 8 * by_rows + rows % 8 * 16)[:, None] + channels // 8 * by_channels + channels % 8 * 2
     require(torch.equal(at, expected), "an operand that no matrix descriptor describes")
 
@@ -352,18 +355,22 @@ class Gluon:
         def product(a: Shared, b: Shared, total: Tensor | Pending, is_async: bool = False) -> Pending:
             require(is_async, "not emulated: products that wait")
             pending = total if isinstance(total, Pending) else Pending(total)
-            if isinstance(a.layout, gl.SharedLinearLayout):
-                check_matrix_descriptor(a)
-            require(b.start % 1024 == 0, "a swizzled operand off a multiple of 1,024 bytes")
+            for operand in (a, b):
+                if isinstance(operand.layout, gl.SharedLinearLayout):
+                    check_matrix_descriptor(operand)
+                else:
+                    require(operand.start % 1024 == 0, "a swizzled operand off a multiple of 1,024 bytes")
             p.products.append((a, b, pending, p.operand(a), p.operand(b)))
             return pending
 
-        def product_wait(num_outstanding: int, deps: list[Tensor | Pending]) -> Tensor | Pending:
+        def product_wait(num_outstanding: int, deps: list[Tensor | Pending]) -> Any:
             p.end_products(num_outstanding)
-            (total,) = deps
-            if isinstance(total, Pending) and not any(pending is total for _, _, pending, *_ in p.products):
-                return total.total
-            return total
+            under_way = [pending for _, _, pending, *_ in p.products]
+            totals = [
+                t.total if isinstance(t, Pending) and not any(t is pending for pending in under_way) else t
+                for t in deps
+            ]
+            return totals[0] if len(totals) == 1 else totals
 
         self.replaced = {
             id(gl): self.language, id(async_copy): self.async_copy, id(mbarrier): self.mbarrier, id(tma): self.tma,

@@ -74,6 +74,7 @@ def test_every_kernel_is_in_the_gate():
         ("local_block_hopper", {"rows": 256, "stages": 7}, "bytes of shared memory, the chip has 232,448"),
         ("local_block_hopper_for_training", {}, None),
         ("convolution_gradient_hopper", {}, None),
+        ("weight_gradient_hopper", {}, None),
         ("convolution_gradient_hopper", {"stages": 5}, "1 programs on a multiprocessor, 2 wanted"),
     ],
 )

@@ -1,10 +1,12 @@
-"""The gradient of the local block's x for Hopper: emulated on the CPU everywhere, on the chip where there is one."""
+"""The local block's gradients for Hopper: emulated on the CPU everywhere, on the chip where there is one."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack
+from functools import partial
 from types import ModuleType
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from proteinbert_fast.errors import BackendError
@@ -12,7 +14,7 @@ from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels import local_block_backward, local_block_backward_hopper
 from proteinbert_fast.ops.kernels.launching import capability_of
 from proteinbert_fast.ops.kernels.local_block import HopperConfiguration, launch
-from proteinbert_fast.ops.kernels.local_block_backward import Configuration
+from proteinbert_fast.ops.kernels.local_block_backward import Configuration, HopperWeights
 from proteinbert_fast.ops.kernels.local_block_hopper import weight_layout
 from proteinbert_fast.ops.reference import LocalBlockWeights
 
@@ -24,7 +26,9 @@ from .test_operations import TOLERANCE, Case, close, config_of
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.slow]
 KERNEL = "convolution_gradient_hopper_kernel"
+WEIGHTS_KERNEL = "weight_gradient_hopper_kernel"
 SHIPPED = local_block_backward_hopper.configuration(128)
+SHIPPED_WEIGHTS = local_block_backward_hopper.weights_configuration()
 
 
 class Gradients:
@@ -74,8 +78,11 @@ def check(case: Case, g: Gradients, found: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("runs", "where"), RUNS)
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("residues", [(0,), (1, 1), (61, 62, 63), (106,)], ids=str)
+@pytest.mark.parametrize(
+    ("residues", "dtype"),
+    [((0,), HALF[0]), ((1, 1), HALF[1]), ((61, 2, 63), HALF[0]), ((106,), HALF[1])],
+    ids=str,
+)
 def test_equals_the_reference(residues, dtype, runs, where):
     case = Case(config_of(128), residues, dtype, where)
     g = Gradients(case)
@@ -86,7 +93,6 @@ def test_equals_the_reference(residues, dtype, runs, where):
 @pytest.mark.parametrize(
     "chosen",
     [
-        HopperConfiguration(64, 64, 4, 3, None),
         HopperConfiguration(128, 32, 8, 6, 128),
         HopperConfiguration(256, 64, 8, 6, None),
     ],
@@ -130,8 +136,8 @@ def test_the_same_bits_wherever_a_protein_lies(dtype, runs, where):
     ],
 )
 @pytest.mark.parametrize("by_rule", [False, True])
-def test_the_host_code_launches_it(by_rule, where, monkeypatch):
-    case = Case(config_of(64), (70, 13), torch.bfloat16, where)
+def test_the_host_code_launches_what_is_chosen(by_rule, where, monkeypatch):
+    case = Case(config_of(128), (40,), torch.bfloat16, where)
     weights, batch = LocalBlockWeights(*(w.detach() for w in case.block.local_weights())), case.batch
     made = launch(case.x, None, case.word, batch.segments, list(weights), batch.gap, 5, False, True, None)
     d_local = torch.randn_like(case.x)
@@ -142,21 +148,77 @@ def test_the_host_code_launches_it(by_rule, where, monkeypatch):
             batch.longest, weights, batch.gap, 5, chosen=chosen,
         )  # fmt: skip
 
-    shipped = local_block_backward.configuration(capability_of(case.x), 64, torch.bfloat16)
-    portable = gradients(shipped)
-    hopper = local_block_backward_hopper.configuration(64)
+    shipped = local_block_backward.configuration(capability_of(case.x), 128, torch.bfloat16)
+    chosen = None if by_rule else shipped._replace(hopper=SHIPPED, hopper_weights=SHIPPED_WEIGHTS)
     launches = []
-    real = local_block_backward_hopper.launch
-    monkeypatch.setattr(local_block_backward_hopper, "launch", lambda *a: launches.append(a) or real(*a))
+    for name in ("launch", "launch_weights"):
+        real = getattr(local_block_backward_hopper, name)
+        note = partial(lambda real, *a: launches.append(a[-1]) or real(*a), real)
+        monkeypatch.setattr(local_block_backward_hopper, name, note)
     if where == CPU:
         monkeypatch.setattr(local_block_backward, "portable_because", lambda *a: None)
-    with emulating(local_block_backward_hopper, KERNEL) if where == CPU else nullcontext():
-        found = gradients(None if by_rule else shipped._replace(hopper=hopper))
-    assert [a[-1] for a in launches] == [hopper]
-    size = portable.x.abs().max()
-    close(found.x / size, portable.x / size, GRADIENT_TOLERANCE[torch.bfloat16])
-    for ours, theirs in zip(found.weights, portable.weights, strict=True):
-        assert torch.equal(ours, theirs)
+    with ExitStack() as stack:
+        if where == CPU:
+            stack.enter_context(emulating(local_block_backward_hopper, KERNEL))
+            stack.enter_context(emulating(local_block_backward_hopper, WEIGHTS_KERNEL))
+        found = gradients(chosen)
+    assert launches == [SHIPPED_WEIGHTS, SHIPPED_WEIGHTS, SHIPPED]
+    if by_rule:
+        return
+    portable = gradients(shipped)
+    for ours, theirs in zip((found.x, *found.weights), (portable.x, *portable.weights), strict=True):
+        size = theirs.abs().max()
+        close(ours / size, theirs / size, GRADIENT_TOLERANCE[torch.bfloat16])
+
+
+def launched_weights(
+    case: Case, gradient: Tensor, dilation: int, c: HopperWeights = SHIPPED_WEIGHTS,
+    module: ModuleType = local_block_backward_hopper,
+) -> Tensor:  # fmt: skip
+    """Parts of a convolution's weights' gradients (parts, taps, D, D)."""
+    return module.launch_weights(gradient, case.x, 9, dilation, case.batch.gap, 132, c)
+
+
+def emulate_weights(
+    case: Case, gradient: Tensor, dilation: int, c: HopperWeights = SHIPPED_WEIGHTS,
+    module: ModuleType = local_block_backward_hopper,
+) -> Tensor:  # fmt: skip
+    with emulating(module, WEIGHTS_KERNEL):
+        return launched_weights(case, gradient, dilation, c, module)
+
+
+RUNS_WEIGHTS = [
+    pytest.param(emulate_weights, CPU, id="emulated"),
+    pytest.param(launched_weights, torch.device("cuda"), id="chip", marks=on_hopper),
+]
+
+
+def check_weights(case: Case, gradient: Tensor, dilation: int, parts: Tensor) -> None:
+    """Against float64 autograd of the convolution. Products of 16 bits are exact in float32, sums of a few hundred."""
+    w = case.exact.local_weights().wide_weight.detach().requires_grad_()
+    reference.convolution(case.x.double(), w, w.new_zeros(len(w)), dilation).backward(gradient.double())
+    right = w.grad.permute(2, 0, 1)
+    close(parts.sum(0) / right.abs().max(), right / right.abs().max(), 1e-5)
+
+
+@pytest.mark.parametrize(("runs", "where"), RUNS_WEIGHTS)
+@pytest.mark.parametrize(
+    ("residues", "dtype", "dilation", "chosen"),
+    [
+        ((0,), torch.bfloat16, 5, SHIPPED_WEIGHTS),
+        ((61, 62, 63), torch.float16, 1, SHIPPED_WEIGHTS),
+        ((300, 1, 209), torch.bfloat16, 5, SHIPPED_WEIGHTS),
+        ((150, 3, 140), torch.bfloat16, 1, HopperWeights(64, 3)),
+        ((150, 3, 40), torch.bfloat16, 5, HopperWeights(32, 6)),
+    ],
+    ids=str,
+)
+def test_weights_equal_the_reference(residues, dtype, chosen, dilation, runs, where):
+    case = Case(config_of(128), residues, dtype, where)
+    gradient = Gradients(case).narrow
+    parts = runs(case, gradient, dilation, chosen)
+    assert len(parts) == max(1, -(-(case.batch.n_rows - case.batch.gap) // (4 * chosen.rows)))
+    check_weights(case, gradient, dilation, parts)
 
 
 def emulate_last_of_many(module: ModuleType) -> None:
@@ -176,8 +238,22 @@ def emulate_last_of_many(module: ModuleType) -> None:
     assert torch.equal(d_x[gap:], emulate(case, g)[gap:])
 
 
+def emulate_last_weights_of_many(module: ModuleType) -> None:
+    """A part that begins 30 million rows on, against the same rows as a batch."""
+    case = Case(config_of(128), (60,), torch.bfloat16, CPU)
+    gradient, c, shift = Gradients(case).narrow, SHIPPED_WEIGHTS, 30_000_000
+    g, x = (Pointer(t, origin=shift * 128) for t in (gradient, case.x))
+    parts = torch.full((1, 9, 128, 128), float("nan"))
+    run(
+        module.weight_gradient_hopper_kernel, range(3), g, x, parts, case.batch.gap + shift, case.batch.n_rows + shift,
+        128, warps=8, D=128, TAPS=9, DILATION=5, K=c.rows, STAGES=c.stages, HALO=module.WEIGHTS_HALO,
+    )  # fmt: skip
+    assert torch.equal(parts, emulate_weights(case, gradient, 5))
+
+
 def test_offsets_beyond_32_bits():
     emulate_last_of_many(local_block_backward_hopper)
+    emulate_last_weights_of_many(local_block_backward_hopper)
 
 
 PLANTED = {
@@ -204,6 +280,46 @@ def test_a_planted_mistake_is_found(name, tmp_path):
     g = Gradients(case)
     with pytest.raises(EmulationError if says else AssertionError, match=says):
         emulate_last_of_many(module) if "32" in name else check(case, g, emulate(case, g, module=module))
+
+
+PLANTED_WEIGHTS = {
+    "32-bit offsets": ("part.to(gl.int64) * rows", "part * rows", "outside its array"),
+    "one row off": ("shift = (tap", "shift = 1 + (tap", None),
+    "one tap twice": ("x.index(at + DILATION)", "x.index(at)", None),
+    "no mask at the gradient's end": ("(rows < left)[:, None],\n", "(rows < K)[:, None],\n", "outside its array"),
+    "a wait too short": ("wait_group(STAGES - 3)", "wait_group(STAGES - 2)", "still writing"),
+    "no fence": ("fence_async_shared()\n        #", "#", "no fence and barrier"),
+    "no barrier": ("gl.thread_barrier()\n        # One", "# One", "no fence and barrier"),
+    "a stage filled too early": ("(STAGES - 2), begin", "(STAGES - 1), begin", None),
+    "products of one step too many": ("num_outstanding=3", "num_outstanding=9", "still writing|operands changed"),
+    "a halo too short": ("DILATION, D, K, HALO)\n    async", "DILATION, D, K, HALO // 2)\n    async", None),
+    "taps in another order": ("gl.store(out, sum0)", "gl.store(out, sum1)", None),
+    "copies left behind": ("    async_copy.wait_group(0)\n", "", "nobody waited for"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED_WEIGHTS)
+def test_a_planted_mistake_in_weights_is_found(name, tmp_path):
+    old, new, says = PLANTED_WEIGHTS[name]
+    module = changed(local_block_backward_hopper, old, new, tmp_path)
+    case = Case(config_of(128), (130,), torch.bfloat16, CPU)
+    gradient = Gradients(case).narrow
+    with pytest.raises(EmulationError if says else AssertionError, match=says):
+        emulate_last_weights_of_many(module) if "32" in name else check_weights(
+            case, gradient, 5, emulate_weights(case, gradient, 5, module=module)
+        )
+
+
+def test_weights_that_are_unsupported_are_told(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    told = local_block_backward_hopper.weights_unsupported
+    assert told(128, torch.bfloat16, 9, 5, 20) is None
+    assert "d_local is 64, not 128" in told(64, torch.bfloat16, 9, 5, 20)
+    assert "the taps must be a multiple of 3" in told(128, torch.bfloat16, 5, 5, 20)
+    assert "no more than 8 rows apart" in told(128, torch.bfloat16, 3, 9, 20)
+    case = Case(config_of(64), (5,), torch.bfloat16, CPU)
+    with pytest.raises(BackendError, match="weights' gradients for Hopper: d_local is 64, not 128"):
+        emulate_weights(case, case.x, 5)
 
 
 def test_asked_for_where_it_cannot_run_it_says_why():

@@ -27,6 +27,18 @@ _VECTORS = 7  # norm 1 weight and bias, norm 2 weight and bias, dense, narrow an
 _PROGRAMS = 264  # two on each multiprocessor of the largest chips: among so many are sums over rows split
 
 
+class HopperWeights(NamedTuple):
+    """How the launches for the convolutions' weights' gradients in ``local_block_backward_hopper.py`` are cut.
+
+    Attributes:
+        rows: per product.
+        stages: of so many rows in shared memory.
+    """
+
+    rows: int
+    stages: int
+
+
 class Configuration(NamedTuple):
     """How the launches are cut.
 
@@ -40,6 +52,7 @@ class Configuration(NamedTuple):
         descriptors: x's gradient moves tiles through tensor descriptors.
         chunked_dense: as for the local block.
         hopper: of x's gradient where the kernel in ``local_block_backward_hopper.py`` computes it; else None.
+        hopper_weights: the same of the convolutions' weights' gradients.
     """
 
     rows: int
@@ -51,6 +64,7 @@ class Configuration(NamedTuple):
     descriptors: bool
     chunked_dense: bool
     hopper: HopperConfiguration | None = None
+    hopper_weights: HopperWeights | None = None
 
 
 @triton.jit
@@ -334,9 +348,11 @@ def launch(
     if c is None:
         c = configuration(capability, channels, dtype, precision)
         if portable_because(capability, channels, dtype, taps, wide_dilation, gap) is None:
-            from proteinbert_fast.ops.kernels import local_block_backward_hopper
+            from proteinbert_fast.ops.kernels import local_block_backward_hopper as hopper
 
-            c = c._replace(hopper=local_block_backward_hopper.configuration(channels))
+            c = c._replace(hopper=hopper.configuration(channels))
+            if hopper.weights_unsupported(channels, dtype, taps, wide_dilation, gap) is None:
+                c = c._replace(hopper_weights=hopper.weights_configuration())
     symbols = 0 if tokens is None else padded(len(x) + 1, 32)
     table = x if tokens is None else torch.nn.functional.pad(x, (0, 0, 0, symbols - len(x)))
     d_sum, hidden, d_dense = (torch.empty_like(narrow) for _ in range(3))
@@ -430,6 +446,14 @@ def _weight_gradient(
 ) -> Tensor:
     """(taps, D, D or symbols) float32: out by in, or out by token."""
     n_rows, channels = gradient.shape
+    if c.hopper_weights is not None and tokens is None and taps > 1:
+        from proteinbert_fast.ops.kernels import local_block_backward_hopper
+
+        # One program to a multiprocessor: the sums of three taps take its registers.
+        parts = local_block_backward_hopper.launch_weights(
+            gradient, x.contiguous(), taps, dilation, gap, _PROGRAMS // 2, c.hopper_weights
+        )
+        return add_parts(parts)
     at_once = c.taps if taps % c.taps == 0 else 1
     columns = symbols if tokens is not None else min(channels, 128)
     blocks = 1 if tokens is not None else channels // columns

@@ -1,20 +1,25 @@
-"""The gradient of the local block's x on Hopper: a tile of each convolution's gradient is read once.
+"""Gradients of the local block's x and of its convolutions' weights on Hopper, from shifted views of shared memory.
 
-``local_block_backward.py`` reads such a tile again for each tap. Here it stays in shared memory, and products take
-shifted views of it while weights stream past: the parts are those of ``local_block_hopper.py``. Imported when first
-used.
+``local_block_backward.py`` reads a tile again for each tap. Here, for the gradient of x, a tile of a convolution's
+gradient stays in shared memory while weights stream past; for the weights' gradients, three taps share one tile of x.
+The parts are those of ``local_block_hopper.py``. Imported when first used.
 """
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from proteinbert_fast.errors import BackendError
 from proteinbert_fast.ops.kernels.local_block import HopperConfiguration
+from proteinbert_fast.ops.kernels.local_block_backward import HopperWeights
 from proteinbert_fast.ops.kernels.local_block_hopper import (
     HALO,
     close_ring,
+    copy_tile,
     copying_layout,
     load_tile,
     multiply,
@@ -24,6 +29,10 @@ from proteinbert_fast.ops.kernels.local_block_hopper import (
     unsupported,
     weight_layout,
 )
+
+WEIGHTS_CHANNELS = 128
+TAPS_AT_ONCE = 3  # whose sums fit into the registers of one program
+WEIGHTS_HALO = 16
 
 
 @gluon.jit
@@ -75,6 +84,90 @@ def convolution_gradient_hopper_kernel(
     close_ring(full, STAGES)
 
 
+@gluon.jit
+def _copy_rows(
+    GRADIENT, X, gradient, x, step, begin, end, n_rows, shift, DILATION: gl.constexpr, D: gl.constexpr, K: gl.constexpr,
+    STAGES: gl.constexpr, HALO: gl.constexpr,
+):  # fmt: skip
+    """Starts the copies of a step: K rows of the gradient, zeros from ``end``, and those of x that three taps take."""
+    stage = step % STAGES
+    first_row = begin + step * K
+    COPY: gl.constexpr = copying_layout(K, D, gl.num_warps())
+    PLANES: gl.constexpr = planes_layout(K, D)
+    rows = gl.arange(0, K, layout=gl.SliceLayout(1, COPY))
+    places = rows[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, COPY))[None, :]
+    left = gl.minimum(end - first_row, K).to(gl.int32)
+    async_copy.async_copy_global_to_shared(
+        gradient.index(stage * (D // 8 * K))._reinterpret(gradient.dtype, [K, D], PLANES),
+        GRADIENT + first_row * D + places, mask=(rows < left)[:, None],
+    )  # fmt: skip
+    middle = first_row + shift + DILATION
+    left = gl.minimum(n_rows - middle, 2 * K).to(gl.int32)
+    copy_tile(X, x, stage * (D // 8 * 2 * K), middle, left, DILATION, D, K, HALO)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def weight_gradient_hopper_kernel(
+    GRADIENT, X, PARTS, first, n_rows, rows_each,
+    D: gl.constexpr, TAPS: gl.constexpr, DILATION: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr,
+    HALO: gl.constexpr,
+):  # fmt: skip
+    """Program (part, three taps): PARTS[part, tap] (D, D) = sum over the part's rows of GRADIENT[r]^T X[r + shift].
+
+    A part has ``rows_each`` rows, a multiple of K. ``first`` is at least the convolution's reach.
+    """
+    dtype: gl.constexpr = GRADIENT.dtype.element_ty
+    part = gl.program_id(0) // (TAPS // 3)
+    tap = gl.program_id(0) % (TAPS // 3) * 3
+    # 64 bits: states may have more than 2^31 elements.
+    begin = first + part.to(gl.int64) * rows_each
+    end = gl.minimum(begin + rows_each, n_rows)
+    shift = (tap - TAPS // 2) * DILATION
+    # As ``open_tile``; of the gradient no more rows than a step has.
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    gradient = gl.allocate_shared_memory(dtype, [STAGES * (D // 8 * K), 1, 8], ROWS)
+    x = gl.allocate_shared_memory(dtype, [STAGES * (D // 8 * 2 * K), 1, 8], ROWS)
+    for step in gl.static_range(STAGES - 2):
+        _copy_rows(GRADIENT, X, gradient, x, step, begin, end, n_rows, shift, DILATION, D, K, STAGES, HALO)
+
+    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
+    TURNED: gl.constexpr = planes_layout(K, D, True)
+    X_PLANES: gl.constexpr = planes_layout(2 * K, D)
+    sum0 = gl.zeros([D, D], gl.float32, SUM)
+    sum1 = gl.zeros([D, D], gl.float32, SUM)
+    sum2 = gl.zeros([D, D], gl.float32, SUM)
+    for step in range(0, rows_each // K):
+        stage = step % STAGES
+        async_copy.wait_group(STAGES - 3)
+        fence_async_shared()
+        # Behind it, every warp has also waited for the products of the step before last, whose stage is filled below.
+        gl.thread_barrier()
+        # One instruction's 16 rows at a time: further on within a view, Triton gives matrix descriptors a base offset,
+        # which without swizzling has no meaning.
+        for row in gl.static_range(0, K, 16):
+            turned = gradient.index(stage * (D // 8 * K) + row)._reinterpret(dtype, [D, K], TURNED).slice(0, 16, 1)
+            at = stage * (D // 8 * 2 * K) + row
+            x0 = x.index(at)._reinterpret(dtype, [2 * K, D], X_PLANES).slice(0, 16, 0)
+            x1 = x.index(at + DILATION)._reinterpret(dtype, [2 * K, D], X_PLANES).slice(0, 16, 0)
+            x2 = x.index(at + 2 * DILATION)._reinterpret(dtype, [2 * K, D], X_PLANES).slice(0, 16, 0)
+            sum0 = warpgroup_mma(turned, x0, sum0, is_async=True)
+            sum1 = warpgroup_mma(turned, x1, sum1, is_async=True)
+            sum2 = warpgroup_mma(turned, x2, sum2, is_async=True)
+        sum0, sum1, sum2 = warpgroup_mma_wait(num_outstanding=3 * (K // 16), deps=[sum0, sum1, sum2])
+        _copy_rows(
+            GRADIENT, X, gradient, x, step + (STAGES - 2), begin, end, n_rows, shift, DILATION, D, K, STAGES, HALO
+        )  # fmt: skip
+    sum0, sum1, sum2 = warpgroup_mma_wait(num_outstanding=0, deps=[sum0, sum1, sum2])
+    async_copy.wait_group(0)
+    rows = gl.arange(0, D, layout=gl.SliceLayout(1, SUM))
+    places = rows[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, SUM))[None, :]
+    out = PARTS + (part * TAPS + tap).to(gl.int64) * (D * D) + places
+    gl.store(out, sum0)
+    gl.store(out + D * D, sum1)
+    gl.store(out + 2 * D * D, sum2)
+
+
 def configuration(channels: int) -> HopperConfiguration:
     """The shipped one: two programs to an SM, one's loads and stores beside the other's products."""
     return HopperConfiguration(rows=128, chunk=64, warps=8, stages=3 if channels == 128 else 6, registers=128)
@@ -117,3 +210,63 @@ def launch(
         num_warps=c.warps, maxnreg=c.registers,
     )  # fmt: skip
     return d_sum
+
+
+def weights_configuration() -> HopperWeights:
+    """The shipped one of the weights' gradients."""
+    return HopperWeights(rows=64, stages=4)
+
+
+def weights_unsupported(channels: int, dtype: torch.dtype, taps: int, dilation: int, gap: int) -> str | None:
+    """Why the weights' gradients of these sizes are not for this kernel, or None where they are.
+
+    Args:
+        channels: D.
+        dtype: of the states.
+        taps: of the convolution.
+        dilation: rows between them.
+        gap: zero rows before the first protein.
+    """
+    reason = unsupported(channels, dtype, taps, dilation, gap)
+    if reason is None and channels != WEIGHTS_CHANNELS:
+        reason = f"d_local is {channels}, not {WEIGHTS_CHANNELS}"
+    if reason is None and (taps % TAPS_AT_ONCE or 2 * dilation > WEIGHTS_HALO):
+        reason = (
+            f"{taps} taps {dilation} rows apart: the taps must be a multiple of {TAPS_AT_ONCE}, "
+            f"no more than {WEIGHTS_HALO // 2} rows apart"
+        )
+    return reason
+
+
+def launch_weights(
+    gradient: Tensor, x: Tensor, taps: int, dilation: int, gap: int, n_programs: int, chosen: HopperWeights
+) -> Tensor:
+    """Parts of a convolution's weights' gradients, (parts, taps, D, D) float32, out by in, to be added in order.
+
+    Args:
+        gradient: (R, D), of the convolution's result.
+        x: (R, D), its input.
+        taps: of the convolution.
+        dilation: rows between them.
+        gap: rows before the first protein.
+        n_programs: most that the rows are shared out among.
+        chosen: how to cut the launch.
+
+    Raises:
+        BackendError: the kernel cannot run these sizes here; says why.
+    """
+    n_rows, channels = gradient.shape
+    reason = weights_unsupported(channels, gradient.dtype, taps, dilation, gap)
+    if reason:
+        raise BackendError(f"the local block's weights' gradients for Hopper: {reason}")
+    groups, c = taps // TAPS_AT_ONCE, chosen
+    n_parts = max(1, min(n_programs // groups, triton.cdiv(n_rows - gap, 4 * c.rows)))
+    rows_each = triton.cdiv(triton.cdiv(n_rows - gap, n_parts), c.rows) * c.rows
+    n_parts = triton.cdiv(n_rows - gap, rows_each)
+    parts = gradient.new_empty(n_parts, taps, channels, channels, dtype=torch.float32)
+    weight_gradient_hopper_kernel[(n_parts * groups,)](
+        gradient, x, parts, gap, n_rows, rows_each,
+        D=channels, TAPS=taps, DILATION=dilation, K=c.rows, STAGES=c.stages, HALO=WEIGHTS_HALO, num_warps=8,
+        maxnreg=None,
+    )  # fmt: skip
+    return parts

@@ -33,17 +33,18 @@ HALO = 64
 
 
 @gluon.constexpr_function
-def planes_layout(rows, channels):
+def planes_layout(rows, channels, turned=False):
     """(rows, channels) in shared memory as planes of 8 channels, each a column of rows of 16 bytes.
+
+    Where turned, a (channels, rows) view of the same.
 
     The next row is 16 bytes on wherever it lies. A matrix descriptor without swizzling only counts strides from any
     start at a multiple of 16 bytes, so the tile shifted by some rows is the same descriptor from another start.
     """
     row_bits, plane_bits = rows.bit_length() - 1, (channels // 8).bit_length() - 1
     within_row = [[0, 1], [0, 2], [0, 4]]
-    return gl.SharedLinearLayout(
-        within_row + [[1 << i, 0] for i in range(row_bits)] + [[0, 8 << i] for i in range(plane_bits)]
-    )
+    bases = within_row + [[1 << i, 0] for i in range(row_bits)] + [[0, 8 << i] for i in range(plane_bits)]
+    return gl.SharedLinearLayout([basis[::-1] for basis in bases] if turned else bases)
 
 
 @gluon.constexpr_function
@@ -101,25 +102,26 @@ def close_ring(full, STAGES: gl.constexpr):
 def open_tile(dtype: gl.constexpr, D: gl.constexpr, M: gl.constexpr):
     """Shared memory for a tile and its halo, row by row, so that a view can begin at any of them.
 
-    2 M rows, since strides must be powers of two: the rows that ``load_tile`` copies; the rest is never read.
+    2 M rows, since strides must be powers of two: the rows that ``copy_tile`` copies; the rest is never read.
     """
     return gl.allocate_shared_memory(dtype, [D // 8 * 2 * M, 1, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.jit
-def load_tile(
-    X, x, first_row, left, REACH: gl.constexpr, D: gl.constexpr, M: gl.constexpr, HALO: gl.constexpr
+def copy_tile(
+    X, x, place, first_row, left, REACH: gl.constexpr, D: gl.constexpr, M: gl.constexpr, HALO: gl.constexpr
 ):  # fmt: skip
-    """Copies REACH rows above a tile of X, the tile, and REACH below, and waits until products can read them.
+    """Starts the copy of REACH rows above a tile of X, of the tile, and of REACH below.
 
     Args:
         x: where to, from ``open_tile``.
+        place: row of it.
         first_row: of the tile, at least REACH.
         left: rows from there to the batch's end; zeros beyond.
     """
     WARPS: gl.constexpr = gl.num_warps()
     PLANES: gl.constexpr = planes_layout(2 * M, D)
-    planes = x.index(0)._reinterpret(x.dtype, [2 * M, D], PLANES)
+    planes = x.index(place)._reinterpret(x.dtype, [2 * M, D], PLANES)
     COPY: gl.constexpr = copying_layout(M, D, WARPS)
     COPY_HALO: gl.constexpr = copying_layout(HALO, D, WARPS)
     rows = gl.arange(0, M, layout=gl.SliceLayout(1, COPY))
@@ -133,6 +135,12 @@ def load_tile(
         planes.slice(M, HALO, 0), X + (first_row + (M - REACH)) * D + more_places,
         mask=((more < 2 * REACH) & (more < left + (REACH - M)))[:, None],
     )  # fmt: skip
+
+
+@gluon.jit
+def load_tile(X, x, first_row, left, REACH: gl.constexpr, D: gl.constexpr, M: gl.constexpr, HALO: gl.constexpr):
+    """As ``copy_tile``, to the start of ``x``; waits until products can read it."""
+    copy_tile(X, x, 0, first_row, left, REACH, D, M, HALO)
     async_copy.commit_group()
     async_copy.wait_group(0)
     fence_async_shared()
