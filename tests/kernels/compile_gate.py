@@ -204,7 +204,7 @@ def compile_here(target: Target) -> dict[str, Any]:
         module = modules["losses"]
         kernel = getattr(module, f"{target.kernel}_kernel")
         m, n, chunk = module.tile(capability, dtype, precision)
-        types |= dict.fromkeys(("WEIGHTS", "TERM_WEIGHTS", "LOGS", "SUMS", "GRADIENT", "DW", "DB"), "*fp32")
+        types |= dict.fromkeys(("WEIGHTS", "TERM_WEIGHTS", "LOGS", "LOSSES", "SUMS", "GRADIENT", "DW", "DB"), "*fp32")
         types |= {"TARGETS": "*u8", "BIAS": "*fp32"}
         types |= dict.fromkeys(("n_columns", "n_classes", "n_tiles", "first", "n_slopes", "stride"), "i32")
         is_token = target.kernel.startswith("token")
