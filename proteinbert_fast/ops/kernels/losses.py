@@ -38,10 +38,13 @@ def _logits(
 
 @triton.jit
 def token_loss_kernel(
-    X, W, BIAS, TARGETS, WEIGHTS, LOGS, SUMS, n_rows, n_classes,
+    X, W, BIAS, TARGETS, WEIGHTS, LOGS, LOSSES, n_rows, n_classes,
     K: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """M rows: LOGS, the logarithm of the sum of exponentials, and one of SUMS, of w * cross entropy."""
+    """M rows: LOGS, the logarithm of the sum of exponentials, and LOSSES, w * cross entropy.
+
+    Not their sum: reduced to one number, Triton 3.6 fails to compile this for compute capability 10.
+    """
     rows = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     classes = tl.arange(0, C)
     inside = rows < n_rows
@@ -56,7 +59,7 @@ def token_loss_kernel(
     # A target that is no class would otherwise pass for a logit of 0.
     right = tl.where((target >= 0) & (target < n_classes), right, float("nan"))
     loss = tl.where(weight != 0, weight * (logs - right), 0.0)
-    tl.store(SUMS + tl.program_id(0), tl.sum(loss, axis=0))
+    tl.store(LOSSES + rows, loss, mask=inside)
 
 
 @triton.jit
@@ -125,7 +128,7 @@ def annotation_loss_kernel(
     HAS_TERM_WEIGHTS: tl.constexpr, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """M proteins and N terms: one of SUMS, of w * u * binary cross entropy."""
+    """M proteins and N terms: a row of SUMS (programs, proteins), of w * u * binary cross entropy over the terms."""
     rows = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     columns = tl.program_id(1) * N + tl.arange(0, N)
     mask = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
@@ -136,7 +139,7 @@ def annotation_loss_kernel(
         loss *= tl.load(TERM_WEIGHTS + columns, mask=columns < n_columns, other=0.0)[None, :]
     weight = tl.load(WEIGHTS + rows, mask=rows < n_rows, other=0.0)[:, None]
     loss = tl.where(mask & (weight != 0), weight * loss, 0.0)
-    tl.store(SUMS + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(loss, axis=1), axis=0))
+    tl.store(SUMS + tl.program_id(1).to(tl.int64) * n_rows + rows, tl.sum(loss, axis=1), mask=rows < n_rows)
 
 
 @triton.jit
@@ -170,16 +173,14 @@ def tile(capability: int, dtype: torch.dtype, precision: str) -> tuple[int, int,
 def _token_forward(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     precision = product_precision(x.dtype)
     m, _, chunk = tile(capability_of(x), x.dtype, precision)
-    n_programs = triton.cdiv(len(x), m)
-    logs = x.new_empty(len(x), dtype=torch.float32)
-    sums = x.new_empty(n_programs, dtype=torch.float32)
+    logs, found = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
     if len(x):
-        token_loss_kernel[(n_programs,)](
+        token_loss_kernel[(triton.cdiv(len(x), m),)](
             x.contiguous(), weight.to(x.dtype).contiguous(), bias, targets.contiguous(), weights.contiguous(), logs,
-            sums, len(x), len(weight), K=x.shape[1], M=m, C=padded(len(weight)), CHUNK=chunk, PRECISION=precision,
+            found, len(x), len(weight), K=x.shape[1], M=m, C=padded(len(weight)), CHUNK=chunk, PRECISION=precision,
             num_warps=4, num_stages=3,
         )  # fmt: skip
-    return sums.sum(), logs
+    return found.sum(), logs
 
 
 def _token_backward(
@@ -216,7 +217,7 @@ def _annotation_forward(
     precision = product_precision(x.dtype)
     m, n, chunk = tile(capability_of(x), x.dtype, precision)
     grid = (triton.cdiv(len(x), m), triton.cdiv(len(weight), n))
-    sums = x.new_empty(grid, dtype=torch.float32)
+    sums = x.new_empty(grid[1], len(x), dtype=torch.float32)
     if len(x):
         annotation_loss_kernel[grid](
             x.contiguous(), weight.to(x.dtype).contiguous(), bias, _as_numbers(targets), weights.contiguous(),
