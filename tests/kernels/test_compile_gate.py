@@ -19,10 +19,13 @@ from .compile_gate import (
     unordered,
 )
 
-pytestmark = pytest.mark.skipif(
-    not (Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm").exists() and not shutil.which("nvdisasm"),
-    reason="this triton came without a disassembler",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm").exists() and not shutil.which("nvdisasm"),
+        reason="this triton came without a disassembler",
+    ),
+]
 SHIPPED = Target("local_block", 90, "bfloat16", 128)
 
 

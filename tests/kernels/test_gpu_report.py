@@ -25,6 +25,8 @@ from proteinbert_fast.outputs import ProteinBertOutput
 
 from .conftest import IS_INTERPRETED
 
+pytestmark = pytest.mark.slow
+
 TINY = replace(GpuSettings().tiny(), precisions=("bfloat16",))
 
 

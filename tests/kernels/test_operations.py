@@ -206,6 +206,7 @@ def test_descriptors_and_pointers_agree(dtype, device):
             case.batch.gap,
             5,
             True,
+            False,
         )
         with torch.no_grad():
             results.append(launch(*arguments, chosen)[:2])
@@ -226,10 +227,11 @@ def test_configurations_give_the_same_bits(dtype, device):
         case.batch.gap,
         5,
         True,
+        False,
     )
     with torch.no_grad():
         results = [
-            launch(*arguments, Configuration(rows, 32, warps, 2, False, False))
+            launch(*arguments, Configuration(rows, 32, warps, 2, False, False))[:2]
             for rows, warps in ((32, 4), (64, 4), (64, 8), (128, 8))
         ]
     for other in results[1:]:

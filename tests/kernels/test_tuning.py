@@ -20,6 +20,8 @@ from proteinbert_fast.ops.kernels.tuning import Machine
 
 from .conftest import IS_INTERPRETED
 
+pytestmark = pytest.mark.slow
+
 local_block = sys.modules["proteinbert_fast.ops.kernels.local_block"]
 global_attention = sys.modules["proteinbert_fast.ops.kernels.global_attention"]
 
