@@ -134,20 +134,19 @@ class Target:
 
 def targets() -> list[Target]:
     """Every kernel on every kind of GPU, in the dtypes and widths in which its code differs."""
-    found = [Target(name, 75, "float16", 128) for name in (*FORWARD, "pointwise", "weight_gradient")]
-    for capability in (80, 90, 100):
-        found += [
-            Target(name, capability, "bfloat16", 128) for name in (*FORWARD, *BACKWARD, *LOSSES, *SUMS, "token_head")
-        ]
+    found = [Target(name, 75, "float16", 128) for name in ("local_block", "global_attention", "global_track", "linear")]
+    found += [Target(name, 100, "bfloat16", 128) for name in (*FORWARD, *BACKWARD, *LOSSES)]
     for capability in (80, 90):
-        for d_local in (32, 64, 256):
+        found += [Target(name, capability, "bfloat16", 128) for name in (*FORWARD, *BACKWARD, *LOSSES, "token_head")]
+        for d_local in (64, 256):
             found += [Target(name, capability, "bfloat16", d_local) for name in ("local_block", "global_attention")]
         for name in ("first_block", "pointwise", "convolution_gradient", "weight_gradient"):
             found.append(Target(name, capability, "bfloat16", 256))
         found += [Target(name, capability, "float16", 128) for name in ("local_block", "first_block")]
         found += [Target(name, capability, "tf32", 128) for name in ("local_block", "first_block", "global_attention")]
+    found += [Target(name, 90, "bfloat16", 128) for name in SUMS]
     found += [Target(name, 80, "float32", 128) for name in (*FORWARD, *BACKWARD, *LOSSES)]
-    found += [Target(name, 90, "float32", d) for name in ("local_block", "global_attention") for d in (128, 256)]
+    found += [Target(name, 90, "float32", 256) for name in ("local_block", "global_attention")]
     return found + hopper_targets()
 
 

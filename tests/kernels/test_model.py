@@ -91,6 +91,7 @@ def test_compiles_as_one_graph(model, device):
     assert torch.equal(a.global_state, b.global_state)
 
 
+@pytest.mark.slow
 def test_exports_with_dynamic_sizes(model, device, tmp_path):
     operators = test_export.check(model, device, tmp_path / "program.pt2")
     assert operators.count("proteinbert_fast.local_block.default") == SMALL.n_blocks
@@ -112,6 +113,7 @@ def test_more_than_2_31_elements_in_one_batch(device):
     assert (middle == middle[0]).all()
 
 
+@pytest.mark.slow
 def test_auto_chooses_the_kernels_on_a_gpu_after_a_check(model, device, monkeypatch):
     if IS_INTERPRETED:
         monkeypatch.setattr(backends, "_is_gpu", lambda _: True)
@@ -151,6 +153,7 @@ def weight_gradients(model, run, batch):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_training_compiles_as_one_graph(model, device):
     batch = Tokenizer()(SEQUENCES).to(device)
     plain = weight_gradients(model, model, batch)
@@ -160,6 +163,7 @@ def test_training_compiles_as_one_graph(model, device):
         torch.testing.assert_close(compiled[name], gradient, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_gives_the_same_gradients(model, device, reentrant):
     batch = Tokenizer()(SEQUENCES).to(device)
@@ -180,6 +184,7 @@ def test_activation_checkpointing_gives_the_same_gradients(model, device, reentr
         torch.testing.assert_close(gradient, plain[name], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_mixed_precision_training(model, device, dtype):
     """float32 weights under autocast, accumulated over two batches; float16 with its loss scaled."""
