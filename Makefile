@@ -26,7 +26,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt proteinbert_fast/_version.py $(wildcard csrc/*)
 
-.PHONY: help embed test test-kernels compile-gate sanitize lint types wheel-test bench dev clean
+.PHONY: help embed test test-kernels test-kernel-tools compile-gate sanitize lint types wheel-test bench dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -90,14 +90,22 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Without a GPU, in Triton's interpreter, with the newest Triton and the oldest supported, each in a folder of its own.
-# The last of them goes through everything, the others through all kernels on fewer inputs.
+# The last of them goes through everything, the others through all kernels on fewer inputs. What is more than kernels and
+# model (emulator, gate, report, tuning) is a target of its own, for `make --jobs`.
+KERNEL_TOOLS := $(patsubst %,tests/kernels/test_%.py,local_block_hopper local_block_backward_hopper compile_gate gpu_report tuning)
+KERNELS_ALONE := $(patsubst %,tests/kernels/test_%.py,operations gradients losses launching)
+RUN_KERNELS = TRITON_INTERPRET=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -p no:cacheprovider
+
 $(VENV)/triton-%: $(VENV)/.test
 	$(PIP_INSTALL) --quiet --no-deps --target $@ triton==$*
 
-test-kernels: $(TRITONS:%=test-kernels-%)
+test-kernels: $(TRITONS:%=test-kernels-%) test-kernel-tools
 
 test-kernels-%: $(VENV)/triton-%
-	TRITON_INTERPRET=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -p no:cacheprovider tests/kernels $(if $(filter $(lastword $(TRITONS)),$*),,-m "not slow") $(PYTEST_ARGS)
+	$(RUN_KERNELS) $(if $(filter $(lastword $(TRITONS)),$*),tests/kernels $(KERNEL_TOOLS:%=--ignore=%),$(KERNELS_ALONE) -m "not slow") $(PYTEST_ARGS)
+
+test-kernel-tools: $(VENV)/triton-$(lastword $(TRITONS))
+	$(RUN_KERNELS) $(KERNEL_TOOLS) $(PYTEST_ARGS)
 
 compile-gate: $(TRITONS:%=compile-gate-%)
 

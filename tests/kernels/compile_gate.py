@@ -41,7 +41,7 @@ HOPPER = (
 SUMS = ("add_spans", "row_sums", "add_parts")
 LOSSES = ("token_loss", "token_loss_backward", "annotation_loss", "annotation_slope")
 # Capability, dtype and width of what --brief compiles.
-BRIEF = {(c, "bfloat16", 128) for c in (80, 90, 100)} | {(80, "float32", 128), (90, "tf32", 128)}
+BRIEF = {(c, "bfloat16", 128) for c in (80, 90, 100)}
 
 
 @dataclass(frozen=True)
