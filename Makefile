@@ -4,7 +4,7 @@
 #   make test         run the test suite                (PYTEST_ARGS="-k golden" for a part)
 #   make lint types   ruff; mypy
 #   make test-kernels compile-gate   the GPU kernels in Triton's interpreter; compiled for GPUs that are not here
-#   make wheel-test   build sdist and wheel, run the suite against the installed wheel
+#   make wheel-test   build sdist and wheel, run a part of the suite against the installed wheel
 #   make sanitize     on a GPU: bad memory accesses and races in the kernels, with NVIDIA's compute-sanitizer
 #   make bench        speed and memory, beside others   (BENCH_ARGS="--quick" for a first look)
 #   make dev          the environment with every development tool
@@ -137,7 +137,7 @@ bench: $(VENV)/.dev
 
 dev: $(VENV)/.dev
 
-# The suite runs beside no package source: in the unpacked sdist without proteinbert_fast/ and csrc/, so that what is
+# The tests run beside no package source: in the unpacked sdist without proteinbert_fast/ and csrc/, so that what is
 # imported can only be the installed wheel. That shows the sdist to be complete, too. Not the whole suite, which
 # `make test` runs: the same code is tested, and what is asked here is whether all of it is there.
 wheel-test: $(VENV)/.dev
