@@ -92,8 +92,8 @@ test: $(VENV)/.test
 # Without a GPU, in Triton's interpreter, with the newest Triton and the oldest supported, each in a folder of its own.
 # The last of them goes through everything, the others through all kernels on fewer inputs. What is more than kernels and
 # model (emulator, gate, report, tuning) is a target of its own, for `make --jobs`.
-KERNEL_TOOLS := $(patsubst %,tests/kernels/test_%.py,local_block_hopper local_block_backward_hopper compile_gate gpu_report tuning)
-KERNELS_ALONE := $(patsubst %,tests/kernels/test_%.py,operations gradients losses launching)
+KERNEL_TOOLS := $(patsubst %,tests/ops/kernels/test_%.py,local_block_hopper local_block_backward_hopper compile_gate gpu_report tuning)
+KERNELS_ALONE := $(patsubst %,tests/ops/kernels/test_%.py,operations gradients losses launching)
 RUN_KERNELS = TRITON_INTERPRET=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -p no:cacheprovider
 
 $(VENV)/triton-%: $(VENV)/.test
@@ -102,7 +102,7 @@ $(VENV)/triton-%: $(VENV)/.test
 test-kernels: $(TRITONS:%=test-kernels-%) test-kernel-tools
 
 test-kernels-%: $(VENV)/triton-%
-	$(RUN_KERNELS) $(if $(filter $(lastword $(TRITONS)),$*),tests/kernels $(KERNEL_TOOLS:%=--ignore=%),$(KERNELS_ALONE) -m "not slow") $(PYTEST_ARGS)
+	$(RUN_KERNELS) $(if $(filter $(lastword $(TRITONS)),$*),tests/ops/kernels $(KERNEL_TOOLS:%=--ignore=%),$(KERNELS_ALONE) -m "not slow") $(PYTEST_ARGS)
 
 test-kernel-tools: $(VENV)/triton-$(lastword $(TRITONS))
 	$(RUN_KERNELS) $(KERNEL_TOOLS) $(PYTEST_ARGS)
@@ -110,13 +110,13 @@ test-kernel-tools: $(VENV)/triton-$(lastword $(TRITONS))
 compile-gate: $(TRITONS:%=compile-gate-%)
 
 compile-gate-%: $(VENV)/triton-%
-	PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.kernels.compile_gate $(if $(filter $(lastword $(TRITONS)),$*),,--brief)
+	PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate $(if $(filter $(lastword $(TRITONS)),$*),,--brief)
 
 # On a machine with a GPU. SANITIZE_PYTHON is a Python that has torch with CUDA, triton, pytest and this package's
 # extensions; races are looked for on the smallest inputs, because that is slow. PyTorch's own allocator hides what
 # lies beyond an array, so it is off.
 SANITIZE_PYTHON ?= $(BIN)/python
-SANITIZE_TESTS ?= tests/kernels/test_operations.py tests/kernels/test_model.py
+SANITIZE_TESTS ?= tests/ops/kernels/test_operations.py tests/ops/kernels/test_model.py
 SMALL_TESTS ?= test_every_width or test_linear or test_descriptors or test_same_bits
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all
 

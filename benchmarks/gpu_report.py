@@ -34,7 +34,7 @@ def main() -> int:
 def mend_interpreter() -> None:
     """The interpreter computes bfloat16 wrongly; the tests know how to mend it."""
     try:
-        from tests.kernels import interpreter
+        from tests.ops.kernels import interpreter
     except ImportError:
         return  # no triton: the report says so
     interpreter.mend()

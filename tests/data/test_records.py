@@ -18,10 +18,10 @@ from proteinbert_fast._records import RecordReader, close_terms, gather_bytes, g
 from proteinbert_fast.data.corpus.sources import TOKENS, Role, open_source, read_rows
 from proteinbert_fast.errors import InputError
 from proteinbert_fast.tokenizer import VOCABULARY
-from tests.data_io.conftest import XML_END, XML_HEAD, xml, xml_entry
+from tests.data.conftest import XML_END, XML_HEAD, xml, xml_entry
 
 Record = tuple[str, bytes, list[int], int]  # id, tokens, GO numbers, line
-DATA = Path(__file__).parents[1] / "data" / "corpus"
+DATA = Path(__file__).parent / "corpus"
 
 
 def tokens(sequence: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Kernels run on a GPU where there is one, else in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/kernels."""
+"""Kernels run on a GPU where there is one, else in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/ops/kernels."""
 
 import importlib.util
 import os

@@ -20,7 +20,7 @@ from proteinbert_fast.data.corpus import Corpus, build_corpus, layout, runs, ver
 from proteinbert_fast.data.corpus import build as building
 from proteinbert_fast.data.gene_ontology import GeneOntology
 from proteinbert_fast.errors import InputError, ProteinBertError
-from tests.data_io.conftest import xml, xml_entry
+from tests.data.conftest import xml, xml_entry
 
 pytest.importorskip("fastobo")
 
@@ -143,7 +143,7 @@ def test_fasta_with_a_table_is_the_closure_of_every_protein(
     ontology = GeneOntology.read(real_obo)
     ancestors, offsets = ontology.ancestors()
     expected: Content = {}
-    for line in (Path(__file__).parents[1] / "data" / "swissprot_200.tsv").read_text().splitlines()[1:41]:
+    for line in (Path(__file__).parent / "swissprot_200.tsv").read_text().splitlines()[1:41]:
         name, *columns, sequence = line.split("\t")
         terms = set()
         for go_id in ";".join(columns).split(";"):
@@ -409,7 +409,7 @@ def test_any_hdf5_reader_reads_it(entries: Path, obo: Path, tmp_path: Path) -> N
 
 def test_residues_take_little_more_than_their_entropy(tmp_path: Path) -> None:
     sequences = [line.split("\t")[-1] for line in
-                 (Path(__file__).parents[1] / "data" / "swissprot_200.tsv").read_text().splitlines()[1:]]  # fmt: skip
+                 (Path(__file__).parent / "swissprot_200.tsv").read_text().splitlines()[1:]]  # fmt: skip
     fasta = write(tmp_path / "x.fasta", "".join(f">P{i}\n{s}\n" for i, s in enumerate(sequences)))
     build_corpus(fasta, tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5") as file:

@@ -13,7 +13,7 @@ import pytest
 from proteinbert_fast.data.corpus import build as building
 from proteinbert_fast.data.corpus import build_corpus, runs, verify_corpus
 from proteinbert_fast.errors import InputError, ProteinBertError
-from tests.data_io.conftest import xml, xml_entry
+from tests.data.conftest import xml, xml_entry
 
 pytest.importorskip("fastobo")
 

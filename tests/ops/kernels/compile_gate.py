@@ -389,7 +389,7 @@ def compile_apart(*wanted: Target) -> list[dict[str, Any]]:
     """As `compile_here`, in a process with an empty cache; {"crashed": why} for one that ended it."""
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"TRITON_CACHE_DIR": cache, "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_INTERPRET": "0"}
-        command = [sys.executable, "-m", "tests.kernels.compile_gate", json.dumps([asdict(t) for t in wanted])]
+        command = [sys.executable, "-m", "tests.ops.kernels.compile_gate", json.dumps([asdict(t) for t in wanted])]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     # Between them, what the compiler says of code that it fails on.
     found: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
