@@ -30,7 +30,7 @@ BOTH = pytest.mark.parametrize("kind", [Lamb, KerasAdam])
 
 @pytest.mark.parametrize(("name", "kind"), [("lamb", Lamb), ("adam", KerasAdam)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_three_steps_equal_the_original(tiny_model, golden, name, kind, dtype):
+def test_golden_three_steps(tiny_model, golden, name, kind, dtype):
     """Losses before each step, and the change of all 53 weights after each."""
     tiny_model.backend = "reference"
     model = tiny_model.to(dtype)
