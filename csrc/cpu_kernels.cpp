@@ -33,9 +33,14 @@ constexpr float kLayerNormEpsilon = 1e-3f;
 constexpr int kMaxChannels = 4096;
 constexpr std::int64_t kTile = 256;  // rows of a protein whose attention sums are formed apart, then added in order
 
+// The first block's states are those of tokens: a convolution of them is a sum of rows of a small table.
+constexpr int kTokens = 27;  // the last one is that of gaps, whose state is zeros
+
 template <class T>
 struct LocalBlock {
-    const T* x;                    // (rows, channels)
+    const T* x;                    // (rows, channels), or
+    const std::uint8_t* tokens;    // (rows,), and null where there are states
+    const T* embedding;            // (kTokens, channels)
     const float* broadcast;        // (proteins, channels)
     const std::int32_t* segments;  // (rows,) protein of each row, -1 in gaps
     const T *narrow_weight, *wide_weight, *dense_weight;  // (out, in, taps) twice, (out, in)
@@ -49,7 +54,9 @@ struct LocalBlock {
 // The local block's gradients but for those that are products over all rows; see local_block_backward.
 template <class T>
 struct LocalBlockBackward {
-    const T* x;                    // (rows, channels), as are all states and gradients here
+    const T* x;                    // (rows, channels), as are all states and gradients here; or
+    const std::uint8_t* tokens;    // (rows,), and null where there are states
+    const T* embedding;            // (kTokens, channels)
     const float* broadcast;        // (proteins, channels)
     const std::int32_t* segments;  // (rows,)
     const T *narrow, *wide;        // what the convolutions gave
@@ -59,11 +66,13 @@ struct LocalBlockBackward {
     T *hidden, *d_dense, *d_narrow, *d_wide;  // states after the first norm; gradients of what the products gave
     T* d_sum;      // gradients of what the first norm normalised
     T* d_x;        // or null
+    float* d_tables;  // (kParts, kTokens, 2 * taps + 1, channels), those of all in the first; see token_sums
     float* sums;   // (units, kSums, channels), each unit's, those of all in the first
     int channels, taps, wide_dilation;
 };
 enum Sums { kNarrowBias, kWideBias, kNorm1Weight, kNorm1Bias, kDenseBias, kNorm2Weight, kNorm2Bias, kSums };
 constexpr std::int64_t kUnit = 192;  // rows whose sums are formed apart, then added in order
+constexpr std::int64_t kParts = 16;  // of a batch, whose sums by token are formed apart, then added in order
 
 template <class T>
 struct Attention {
@@ -271,34 +280,37 @@ void by_dtype(bool is_bf16, const Function& function) {
         function(float{});
 }
 
-// Rows [first, last) of the batch; `hidden`, and `narrow` with `wide`, may be 0.
-void local_block(std::uintptr_t x, std::uintptr_t broadcast, std::uintptr_t segments,
-                 const std::vector<std::uintptr_t>& weights, std::uintptr_t hidden, std::uintptr_t local,
-                 std::uintptr_t narrow, std::uintptr_t wide, std::int64_t first, std::int64_t last, int channels, int taps, int wide_dilation, bool is_bf16,
-                 int threads) {
+// Rows [first, last) of the batch, from states `x`, or from tokens where that is 0; `hidden`, and `narrow` with `wide`, may be 0.
+void local_block(std::uintptr_t x, std::uintptr_t tokens, std::uintptr_t embedding, std::uintptr_t broadcast,
+                 std::uintptr_t segments, const std::vector<std::uintptr_t>& weights, std::uintptr_t hidden,
+                 std::uintptr_t local, std::uintptr_t narrow, std::uintptr_t wide, std::int64_t first,
+                 std::int64_t last, int channels, int taps, int wide_dilation, bool is_bf16, int threads) {
     check_channels("channels", channels);
     if (weights.size() != 10) throw std::invalid_argument("a local block has 10 weights");
     by_dtype(is_bf16, [&](auto zero) {
         using T = decltype(zero);
         const auto& w = weights;
-        const LocalBlock<T> a{at<const T>(x),        at<const float>(broadcast), at<const std::int32_t>(segments),
-                              at<const T>(w[0]),     at<const T>(w[2]),          at<const T>(w[6]),
-                              at<const float>(w[1]), at<const float>(w[3]),      at<const float>(w[7]),
-                              at<const float>(w[4]), at<const float>(w[5]),      at<const float>(w[8]),
-                              at<const float>(w[9]), at<T>(hidden),              at<T>(local),
-                              at<T>(narrow),         at<T>(wide),                channels,
-                              taps,                  wide_dilation};
+        const LocalBlock<T> a{at<const T>(x),           at<const std::uint8_t>(tokens), at<const T>(embedding),
+                              at<const float>(broadcast), at<const std::int32_t>(segments),
+                              at<const T>(w[0]),        at<const T>(w[2]),              at<const T>(w[6]),
+                              at<const float>(w[1]),    at<const float>(w[3]),          at<const float>(w[7]),
+                              at<const float>(w[4]),    at<const float>(w[5]),          at<const float>(w[8]),
+                              at<const float>(w[9]),    at<T>(hidden),                  at<T>(local),
+                              at<T>(narrow),            at<T>(wide),                    channels,
+                              taps,                     wide_dilation};
         PBF_CALL(local_block, a, first, last, threads);
     });
 }
 
 // Gradients of a batch of `rows` rows whose first and last `gap` are gaps. Of the weights' gradients, those of norms and
-// biases, in the order of Sums, and the factors of the others. `d_hidden` and `d_x` may be 0.
-void local_block_backward(std::uintptr_t x, std::uintptr_t broadcast, std::uintptr_t segments,
-                          const std::vector<std::uintptr_t>& weights, std::uintptr_t narrow, std::uintptr_t wide,
-                          std::uintptr_t d_local, std::uintptr_t d_hidden, const std::vector<std::uintptr_t>& results,
-                          std::uintptr_t d_x, std::uintptr_t sums, std::int64_t gap, std::int64_t rows, int channels,
-                          int taps, int wide_dilation, bool is_bf16, int threads) {
+// biases, in the order of Sums, and the factors of the others. `d_hidden` may be 0; where `x` is, `d_tables` are made and
+// not `d_x`, and either may be 0.
+void local_block_backward(std::uintptr_t x, std::uintptr_t tokens, std::uintptr_t embedding, std::uintptr_t broadcast,
+                          std::uintptr_t segments, const std::vector<std::uintptr_t>& weights, std::uintptr_t narrow,
+                          std::uintptr_t wide, std::uintptr_t d_local, std::uintptr_t d_hidden,
+                          const std::vector<std::uintptr_t>& results, std::uintptr_t d_x, std::uintptr_t d_tables,
+                          std::uintptr_t sums, std::int64_t gap, std::int64_t rows, int channels, int taps,
+                          int wide_dilation, bool is_bf16, int threads) {
     check_channels("channels", channels);
     if (weights.size() != 10) throw std::invalid_argument("a local block has 10 weights");
     if (results.size() != 5) throw std::invalid_argument("a local block's backward pass has 5 results");
@@ -307,14 +319,16 @@ void local_block_backward(std::uintptr_t x, std::uintptr_t broadcast, std::uintp
         const auto& w = weights;
         const auto& r = results;
         const LocalBlockBackward<T> a{
-            at<const T>(x),        at<const float>(broadcast), at<const std::int32_t>(segments),
+            at<const T>(x),        at<const std::uint8_t>(tokens), at<const T>(embedding),
+            at<const float>(broadcast), at<const std::int32_t>(segments),
             at<const T>(narrow),   at<const T>(wide),          at<const T>(d_local),
             at<const T>(d_hidden), at<const T>(w[0]),          at<const T>(w[2]),
             at<const T>(w[6]),     at<const float>(w[7]),      at<const float>(w[4]),
             at<const float>(w[5]), at<const float>(w[8]),      at<T>(r[0]),
             at<T>(r[1]),           at<T>(r[2]),                at<T>(r[3]),
-            at<T>(r[4]),           at<T>(d_x),                 at<float>(sums),
-            channels,              taps,                       wide_dilation};
+            at<T>(r[4]),           at<T>(d_x),                 at<float>(d_tables),
+            at<float>(sums),       channels,                   taps,
+            wide_dilation};
         PBF_CALL(local_block_backward, a, gap, rows - gap, rows, threads);
     });
 }
@@ -416,6 +430,7 @@ PYBIND11_MODULE(_cpu_kernels, m) {
     m.def("attention", &attention);
     m.def("attention_finish", &attention_finish);
     m.attr("UNIT") = kUnit;
+    m.attr("PARTS") = kParts;
     m.attr("SUMS") = static_cast<int>(kSums);
     m.def("local_block_backward", &local_block_backward);
     m.def("attention_backward", &attention_backward);

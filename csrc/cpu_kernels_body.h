@@ -270,12 +270,19 @@ const Factor<T>* factors(const T* rows, std::int64_t values, Factor<T>* room) {
 template <class T>
 constexpr bool kWidens = !std::is_same_v<T, Factor<T>>;
 
+// A row's state, its own or its token's.
+template <class Block>
+auto state_of(const Block& a, std::int64_t row) {
+    return a.tokens ? a.embedding + std::int64_t{a.tokens[row]} * a.channels : a.x + row * a.channels;
+}
+
 // The local block for a layer's weights, packed for this instruction set.
 template <class T>
 struct PackedLocalBlock {
     using E = Factor<T>;
     const LocalBlock<T>& a;
     Buffer<E> weights;
+    Buffer<float> tables;
     Product<E> narrow, wide, dense;
 
     PackedLocalBlock(const LocalBlock<T>& a, int threads) : a(a) {
@@ -284,14 +291,50 @@ struct PackedLocalBlock {
         narrow = {room, a.narrow_bias, a.channels, a.channels, a.taps, 1, a.channels};
         wide = {room + convolution, a.wide_bias, a.channels, a.channels, a.taps, a.wide_dilation, a.channels};
         dense = {room + 2 * convolution, a.dense_bias, a.channels, a.channels, 1, 1, a.channels};
+        if (a.tokens) {
+            // Every token's row times every tap: columns are taps, then channels.
+            for (Product<E>* p : {&narrow, &wide})
+                *p = {p->weights, nullptr, a.channels, a.taps * a.channels, 1, 1, a.taps * a.channels};
+        }
         parallel_for(a.channels / 16, threads, [&](std::int64_t sixteen) {
             for (int c = static_cast<int>(sixteen) * 16; c < (sixteen + 1) * 16; ++c) {
                 const std::int64_t at = std::int64_t{c} * a.channels;
-                pack_column(a.narrow_weight + at * a.taps, a.taps, 1, narrow, c, room);
-                pack_column(a.wide_weight + at * a.taps, a.taps, 1, wide, c, room + convolution);
                 pack_column(a.dense_weight + at, 1, 0, dense, c, room + 2 * convolution);
+                if (!a.tokens) {
+                    pack_column(a.narrow_weight + at * a.taps, a.taps, 1, narrow, c, room);
+                    pack_column(a.wide_weight + at * a.taps, a.taps, 1, wide, c, room + convolution);
+                    continue;
+                }
+                for (int t = 0; t < a.taps; ++t) {
+                    pack_column(a.narrow_weight + at * a.taps + t, a.taps, 0, narrow, t * a.channels + c, room);
+                    pack_column(a.wide_weight + at * a.taps + t, a.taps, 0, wide, t * a.channels + c, room + convolution);
+                }
             }
         });
+        if (a.tokens) {
+            const std::int64_t values = std::int64_t{kTokens} * a.channels;
+            float* table = tables.room(2 * values * a.taps);
+            Buffer<E> widened_rows;
+            const E* rows = factors(a.embedding, values, kWidens<T> ? widened_rows.room(values) : nullptr);
+            product(narrow, rows, Runs{{0, kTokens}}, table);
+            product(wide, rows, Runs{{0, kTokens}}, table + values * a.taps);
+        }
+    }
+
+    // out = bias + the sum over taps of the table's rows of the tokens there.
+    void add_rows(const float* table, const float* bias, int dilation, std::int64_t first, const Runs& runs,
+                  float* out) const {
+        const std::int64_t width = std::int64_t{a.taps} * a.channels;
+        for (const Run& run : runs)
+            for (int r = run.first; r < run.first + run.rows; ++r) {
+                const std::uint8_t* token = a.tokens + first + r - std::int64_t{a.taps / 2} * dilation;
+                for (int c = 0; c < a.channels; c += 16) {
+                    f16x total = load(bias + c);
+                    for (int t = 0; t < a.taps; ++t)
+                        total += load(table + token[t * dilation] * width + t * a.channels + c);
+                    store(out + std::int64_t{r} * a.channels + c, total);
+                }
+            }
     }
 
     // Rows [first, last) of the batch.
@@ -306,18 +349,23 @@ struct PackedLocalBlock {
         float* wide_sums = narrow_sums + values;
         T* hidden = a.hidden ? a.hidden + first * a.channels : states.room(values);
         E* room = kWidens<T> ? widened_rows.room(values + 2 * reach) : nullptr;
-        const T* x = a.x + first * a.channels;
         const std::int32_t* segments = a.segments + first;
         const Runs runs = runs_of(segments, rows);
 
-        const E* window = factors(x - reach, values + 2 * reach, room) + reach;
-        product(narrow, window, runs, narrow_sums);
-        product(wide, window, runs, wide_sums);
+        if (a.tokens) {
+            add_rows(tables.data(), a.narrow_bias, 1, first, runs, narrow_sums);
+            add_rows(tables.data() + std::int64_t{kTokens} * a.taps * a.channels, a.wide_bias, a.wide_dilation, first,
+                     runs, wide_sums);
+        } else {
+            const E* window = factors(a.x + first * a.channels - reach, values + 2 * reach, room) + reach;
+            product(narrow, window, runs, narrow_sums);
+            product(wide, window, runs, wide_sums);
+        }
         if (a.narrow) {
             keep(narrow_sums, runs, a.narrow + first * a.channels);
             keep(wide_sums, runs, a.wide + first * a.channels);
         }
-        merge_convolutions(x, narrow_sums, wide_sums, segments, rows, hidden);
+        merge_convolutions(first, narrow_sums, wide_sums, segments, rows, hidden);
         product(dense, factors<T>(hidden, values, room), runs, narrow_sums);
         merge_dense(hidden, narrow_sums, segments, rows, a.local + first * a.channels);
     }
@@ -331,15 +379,16 @@ struct PackedLocalBlock {
     }
 
     // out = LN(x + broadcast[segment] + gelu(narrow) + gelu(wide)); zeros in gap rows.
-    void merge_convolutions(const T* x, const float* narrow, const float* wide, const std::int32_t* segments,
+    void merge_convolutions(std::int64_t first, const float* narrow, const float* wide, const std::int32_t* segments,
                             int rows, T* out) const {
         float row[kMaxChannels];
-        for (int r = 0; r < rows; ++r, x += a.channels, narrow += a.channels, wide += a.channels, out += a.channels) {
+        for (int r = 0; r < rows; ++r, narrow += a.channels, wide += a.channels, out += a.channels) {
             if (segments[r] < 0) {
                 std::memset(out, 0, sizeof(T) * a.channels);
                 continue;
             }
             const float* broadcast = a.broadcast + std::int64_t{segments[r]} * a.channels;
+            const T* x = state_of(a, first + r);
             for (int c = 0; c < a.channels; c += 16)
                 store(row + c, load(x + c) + load(broadcast + c) + gelu(load(narrow + c)) + gelu(load(wide + c)));
             layer_norm(row, a.norm1_weight, a.norm1_bias, out, a.channels);
@@ -440,6 +489,7 @@ struct PackedLocalBlockBackward {
                 const int last_tap = c * a.taps + a.taps - 1, stride = a.channels * a.taps;
                 pack_column(a.dense_weight + std::int64_t{c} * a.channels, 1, 0, dense, c, room);
                 pack_column(a.dense_weight + c, a.channels, 0, dense_back, c, room + square);
+                if (!a.d_x) continue;
                 pack_column(a.narrow_weight + last_tap, stride, -1, narrow_back, c, room + 2 * square);
                 pack_column(a.wide_weight + last_tap, stride, -1, wide_back, c, room + 2 * square + convolution);
             }
@@ -473,9 +523,10 @@ struct PackedLocalBlockBackward {
             }
             const float* broadcast = a.broadcast + std::int64_t{segments[r]} * a.channels;
             const std::int64_t in_unit = std::int64_t{r} * a.channels;
+            const T* x = state_of(a, first + r);
             for (int c = 0; c < a.channels; c += 16) {
                 const Gelu narrow = gelu_and_slope(load(a.narrow + at + c)), wide = gelu_and_slope(load(a.wide + at + c));
-                store(row + c, load(a.x + at + c) + load(broadcast + c) + narrow.value + wide.value);
+                store(row + c, load(x + c) + load(broadcast + c) + narrow.value + wide.value);
                 store(narrow_slopes + in_unit + c, narrow.slope);
                 store(wide_slopes + in_unit + c, wide.slope);
             }
@@ -562,6 +613,28 @@ struct PackedLocalBlockBackward {
                 store(a.d_x + offset + i, load(a.d_sum + offset + i) + load(narrow_sums + i) + load(wide_sums + i));
     }
 };
+
+// Adds the gradients of rows [first, last) to `out` (kTokens, 2 * taps + 1, channels) by token: for each tap of the narrow
+// and the wide convolution the gradient of what it gave, by the token there, and last that of the row's own state.
+template <class T>
+void token_sums(const LocalBlockBackward<T>& a, std::int64_t first, std::int64_t last, float* out) {
+    const std::int64_t width = (2 * std::int64_t{a.taps} + 1) * a.channels;
+    std::fill(out, out + kTokens * width, 0.0f);
+    const auto add = [&](std::int64_t token, int place, const T* row) {
+        float* sum = out + token * width + std::int64_t{place} * a.channels;
+        for (int c = 0; c < a.channels; c += 16) store(sum + c, load(sum + c) + load(row + c));
+    };
+    for (std::int64_t r = first; r < last; ++r) {
+        if (a.segments[r] < 0) continue;
+        const std::int64_t at = r * a.channels;
+        for (int t = 0; t < a.taps; ++t) {
+            const int away = t - a.taps / 2;
+            add(a.tokens[r + away], t, a.d_narrow + at);
+            add(a.tokens[r + std::int64_t{away} * a.wide_dilation], a.taps + t, a.d_wide + at);
+        }
+        add(a.tokens[r], 2 * a.taps, a.d_sum + at);
+    }
+}
 
 // Global attention's gradients, weights packed for this instruction set.
 template <class T>
@@ -685,6 +758,15 @@ void local_block_backward(const LocalBlockBackward<T>& a, std::int64_t first, st
     });
     for (std::int64_t i = 1; i < units; ++i)
         for (std::int64_t c = 0; c < values; c += 16) store(a.sums + c, load(a.sums + c) + load(a.sums + i * values + c));
+    if (a.d_tables) {
+        const std::int64_t size = kTokens * (2 * std::int64_t{a.taps} + 1) * a.channels;
+        parallel_for(kParts, threads, [&](std::int64_t i) {
+            token_sums(a, rows * i / kParts, rows * (i + 1) / kParts, a.d_tables + i * size);
+        });
+        for (std::int64_t i = 1; i < kParts; ++i)
+            for (std::int64_t c = 0; c < size; c += 16)
+                store(a.d_tables + c, load(a.d_tables + c) + load(a.d_tables + i * size + c));
+    }
     if (!a.d_x) return;
     std::memset(a.d_x, 0, sizeof(T) * std::min(first, rows) * a.channels);
     if (first >= last) return;

@@ -1,9 +1,12 @@
+PARTS: int
 SUMS: int
 TILE: int
 UNIT: int
 
 def local_block(
     x: int,
+    tokens: int,
+    embedding: int,
     broadcast: int,
     segments: int,
     weights: list[int],
@@ -21,6 +24,8 @@ def local_block(
 ) -> None: ...
 def local_block_backward(
     x: int,
+    tokens: int,
+    embedding: int,
     broadcast: int,
     segments: int,
     weights: list[int],
@@ -30,6 +35,7 @@ def local_block_backward(
     d_hidden: int,
     results: list[int],
     d_x: int,
+    d_tables: int,
     sums: int,
     gap: int,
     rows: int,

@@ -82,19 +82,6 @@ def _reference_local_block(
     return (hidden if keep_hidden else None), local
 
 
-def _cpu_local_block(
-    x: Tensor | Embedded,
-    broadcast: Tensor,
-    batch: PackedBatch,
-    weights: LocalBlockWeights,
-    wide_dilation: int,
-    keep_hidden: bool = False,
-    save: Save = "preactivations",
-) -> tuple[Tensor | None, Tensor]:
-    rows = reference.embed_tokens(*x) if isinstance(x, Embedded) else x
-    return cpu.local_block(rows, broadcast, batch, weights, wide_dilation, keep_hidden, save)
-
-
 def _reference_attention(local: Tensor, query: Tensor, batch: PackedBatch, *rest: Any) -> Attended:
     return reference.global_attention(local, query, batch.segments, *rest)
 
@@ -154,7 +141,7 @@ REFERENCE = Operations(
 )
 CPU = Operations(
     "cpu",
-    local_block=_cpu_local_block,
+    local_block=cpu.local_block,
     message=cpu.message,
     global_track=partial(_in_steps, cpu.global_attention, cpu.global_block, cpu.message),
     residue_mean=_residue_mean,

@@ -23,6 +23,7 @@ from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.recompute import recomputed
 from proteinbert_fast.ops.reference import (
     Attended,
+    Embedded,
     GlobalBlockWeights,
     GlobalStates,
     LocalBlockWeights,
@@ -69,7 +70,7 @@ def in_groups(function: Callable[..., Tensor], *rows: Tensor, size: int = PROTEI
 
 
 def local_block(
-    x: Tensor,
+    x: Tensor | Embedded,
     broadcast: Tensor,
     batch: PackedBatch,
     weights: LocalBlockWeights,
@@ -80,7 +81,8 @@ def local_block(
     """``reference.local_block`` in one pass.
 
     Args:
-        x: (R, D) float32 or bfloat16, zeros in gap rows.
+        x: (R, D) float32 or bfloat16, zeros in gap rows; or the tokens that have these states, whose convolutions are
+            sums of rows of a small table.
         broadcast: (B, D).
         batch: the packed layout.
         weights: the block's parameters; used in the dtype of ``x``.
@@ -91,11 +93,13 @@ def local_block(
     Returns:
         The hidden states (R, D) or None, and the new local states (R, D).
     """
-    arguments = (batch, wide_dilation, keep_hidden, save == "preactivations")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, broadcast, *weights)):
-        hidden, local = _LocalBlock.apply(*arguments, x, broadcast, *weights)  # type: ignore[no-untyped-call]
+    tokens, states = (x.tokens, x.weight) if isinstance(x, Embedded) else (None, x)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (states, broadcast, *weights)):
+        hidden, local = _LocalBlock.apply(  # type: ignore[no-untyped-call]
+            batch, wide_dilation, keep_hidden, save == "preactivations", tokens, states, broadcast, *weights
+        )
     else:
-        hidden, local, _, _ = _local_block(*arguments[:3], False, x, broadcast, weights)
+        hidden, local, _, _ = _local_block(batch, wide_dilation, keep_hidden, False, tokens, states, broadcast, weights)
     return (hidden if keep_hidden else None), local
 
 
@@ -109,7 +113,8 @@ class _LocalBlock(torch.autograd.Function):
         wide_dilation: int,
         keep_hidden: bool,
         keep_convolutions: bool,
-        x: Tensor,
+        tokens: Tensor | None,
+        states: Tensor,
         broadcast: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -117,24 +122,24 @@ class _LocalBlock(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.batch, ctx.wide_dilation = batch, wide_dilation
         hidden, local, *convolved = _local_block(
-            batch, wide_dilation, keep_hidden, keep_convolutions, x, broadcast, weights
+            batch, wide_dilation, keep_hidden, keep_convolutions, tokens, states, broadcast, weights
         )
-        ctx.save_for_backward(x, broadcast, *weights, *(convolved if keep_convolutions else []))
+        ctx.save_for_backward(tokens, states, broadcast, *weights, *(convolved if keep_convolutions else []))
         return hidden, local
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_hidden: Tensor | None, d_local: Tensor | None) -> Any:
         batch, wide_dilation = ctx.batch, ctx.wide_dilation
-        x, broadcast, *rest = ctx.saved_tensors
+        tokens, states, broadcast, *rest = ctx.saved_tensors
         weights, convolved = LocalBlockWeights(*rest[:10]), rest[10:]
         if not convolved:
-            _, _, *convolved = _local_block(batch, wide_dilation, False, True, x, broadcast, weights)
-        wanted = ctx.needs_input_grad[4:]
-        d_x, d_broadcast, d_weights = _local_block_backward(
-            batch, wide_dilation, x, broadcast, weights, convolved, d_hidden, d_local, wanted
-        )
-        return None, None, None, None, d_x, d_broadcast, *d_weights
+            _, _, *convolved = _local_block(batch, wide_dilation, False, True, tokens, states, broadcast, weights)
+        d_states, d_broadcast, d_weights = _local_block_backward(
+            batch, wide_dilation, tokens, states, broadcast, weights, convolved, d_hidden, d_local,
+            ctx.needs_input_grad[5:],
+        )  # fmt: skip
+        return None, None, None, None, None, d_states, d_broadcast, *d_weights
 
 
 def _local_block(
@@ -142,29 +147,47 @@ def _local_block(
     wide_dilation: int,
     keep_hidden: bool,
     keep_convolutions: bool,
-    x: Tensor,
+    tokens: Tensor | None,
+    states: Tensor,
     broadcast: Tensor,
     weights: LocalBlockWeights,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden and local states, and what the convolutions gave, rows of gaps left as they were; (0,) where not kept."""
-    x, broadcast = x.contiguous(), broadcast.float().contiguous()
-    local = torch.empty_like(x)
-    hidden = torch.empty_like(x) if keep_hidden else x.new_empty(0)
-    narrow, wide = (torch.empty_like(x) if keep_convolutions else x.new_empty(0) for _ in range(2))
+    """Hidden and local states, and what the convolutions gave, rows of gaps left as they were; (0,) where not kept.
+
+    ``states`` are rows, or where ``tokens`` are given the 26 tokens' states.
+    """
+    x, tokens, embedding = _sources(tokens, states)
+    broadcast = broadcast.float().contiguous()
+    shape = batch.n_rows, states.shape[1]
+    local = states.new_empty(shape)
+    hidden = states.new_empty(shape if keep_hidden else 0)
+    narrow, wide = (states.new_empty(shape if keep_convolutions else 0) for _ in range(2))
     # Units of work end before the last gap: what they widen reaches into it.
     first, last = batch.gap, max(batch.n_rows - batch.gap, batch.gap)
     for state in (hidden, local):
         state[:first] = 0
         state[last:] = 0
-    as_kernels_take_them = _in_dtype(weights, x.dtype)
+    as_kernels_take_them = _in_dtype(weights, states.dtype)
     _cpu_kernels.local_block(
-        x.data_ptr(), broadcast.data_ptr(), batch.segments.data_ptr(), [t.data_ptr() for t in as_kernels_take_them],
+        _address(x), _address(tokens), _address(embedding), broadcast.data_ptr(), batch.segments.data_ptr(),
+        list(map(_address, as_kernels_take_them)),
         hidden.data_ptr() if keep_hidden else 0, local.data_ptr(),
         narrow.data_ptr() if keep_convolutions else 0, wide.data_ptr() if keep_convolutions else 0,
-        first, last, x.shape[1], weights.narrow_weight.shape[-1], wide_dilation,
-        x.dtype == torch.bfloat16, torch.get_num_threads(),
+        first, last, shape[1], weights.narrow_weight.shape[-1], wide_dilation,
+        states.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     return hidden, local, narrow, wide
+
+
+def _sources(tokens: Tensor | None, states: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Rows, or tokens and the states of each, those of gaps too: as kernels take them."""
+    if tokens is None:
+        return states.contiguous(), None, None
+    return None, tokens.to(torch.uint8).contiguous(), F.pad(states, (0, 0, 0, 1)).contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _in_dtype(weights: LocalBlockWeights, dtype: torch.dtype) -> list[Tensor]:
@@ -179,7 +202,8 @@ def _in_dtype(weights: LocalBlockWeights, dtype: torch.dtype) -> list[Tensor]:
 def _local_block_backward(
     batch: PackedBatch,
     wide_dilation: int,
-    x: Tensor,
+    tokens: Tensor | None,
+    states: Tensor,
     broadcast: Tensor,
     weights: LocalBlockWeights,
     convolved: list[Tensor],
@@ -187,31 +211,38 @@ def _local_block_backward(
     d_local: Tensor | None,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    x, broadcast_float = x.contiguous(), broadcast.float().contiguous()
-    n_rows, channels = x.shape
-    is_bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
-    d_local = torch.zeros_like(x) if d_local is None else d_local.contiguous()
+    x, tokens, embedding = _sources(tokens, states)
+    broadcast_float = broadcast.float().contiguous()
+    shape, taps = (batch.n_rows, states.shape[1]), weights.narrow_weight.shape[-1]
+    wants = dict(zip(("states", "broadcast", *weights._fields), wanted, strict=True))
+    d_local = states.new_zeros(shape) if d_local is None else d_local.contiguous()
     d_hidden = None if d_hidden is None else d_hidden.contiguous()
-    factors = LocalBlockWeights(*_in_dtype(weights, x.dtype))
-    hidden, d_dense, d_narrow, d_wide, d_sum = results = [torch.empty_like(x) for _ in range(5)]
-    d_x = torch.empty_like(x) if wanted[0] else None
-    sums = torch.empty(-(-n_rows // _cpu_kernels.UNIT), _cpu_kernels.SUMS, channels)
+    factors = LocalBlockWeights(*_in_dtype(weights, states.dtype))
+    hidden, d_dense, d_narrow, d_wide, d_sum = results = [states.new_empty(shape) for _ in range(5)]
+    d_x = d_tables = None
+    if tokens is None and wants["states"]:
+        d_x = states.new_empty(shape)
+    elif tokens is not None and (wants["states"] or wants["narrow_weight"] or wants["wide_weight"]):
+        d_tables = torch.empty(_cpu_kernels.PARTS, len(states) + 1, 2 * taps + 1, shape[1])
+    sums = torch.empty(-(-batch.n_rows // _cpu_kernels.UNIT), _cpu_kernels.SUMS, shape[1])
     _cpu_kernels.local_block_backward(
-        x.data_ptr(), broadcast_float.data_ptr(), batch.segments.data_ptr(), [t.data_ptr() for t in factors],
-        convolved[0].data_ptr(), convolved[1].data_ptr(),
-        d_local.data_ptr(), 0 if d_hidden is None else d_hidden.data_ptr(), [t.data_ptr() for t in results],
-        0 if d_x is None else d_x.data_ptr(), sums.data_ptr(),
-        batch.gap, n_rows, channels, weights.narrow_weight.shape[-1], wide_dilation, is_bf16, threads,
+        _address(x), _address(tokens), _address(embedding), broadcast_float.data_ptr(), batch.segments.data_ptr(),
+        list(map(_address, factors)), convolved[0].data_ptr(), convolved[1].data_ptr(),
+        d_local.data_ptr(), _address(d_hidden), list(map(_address, results)),
+        _address(d_x), _address(d_tables), sums.data_ptr(),
+        batch.gap, batch.n_rows, shape[1], taps, wide_dilation,
+        states.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     d_broadcast = None
-    if wanted[1]:
+    if wants["broadcast"]:
         d_broadcast = _sums(d_sum, batch.starts, batch.lengths).to(broadcast.dtype)
     narrow_bias, wide_bias, norm1_weight, norm1_bias, dense_bias, norm2_weight, norm2_bias = sums[0]
-    wants = dict(zip(weights._fields, wanted[2:], strict=True))
-    narrow_weight = wide_weight = dense_weight = None
-    if wants["narrow_weight"]:
+    d_states, narrow_weight, wide_weight, dense_weight = d_x, None, None, None
+    if d_tables is not None:
+        d_states, narrow_weight, wide_weight = _back_from_tables(d_tables[0, :-1], states, factors)
+    if x is not None and wants["narrow_weight"]:
         narrow_weight = _convolution_weight(d_narrow, x, factors.narrow_weight, 1)
-    if wants["wide_weight"]:
+    if x is not None and wants["wide_weight"]:
         wide_weight = _convolution_weight(d_wide, x, factors.wide_weight, wide_dilation)
     if wants["dense_weight"]:
         dense_weight = d_dense.t() @ hidden
@@ -221,9 +252,28 @@ def _local_block_backward(
     )  # fmt: skip
     d_weights = [
         g.to(w.dtype, memory_format=torch.contiguous_format) if g is not None and is_wanted else None
-        for g, w, is_wanted in zip(gradients, weights, wants.values(), strict=True)
+        for g, w, is_wanted in zip(gradients, weights, wanted[2:], strict=True)
     ]
-    return d_x, d_broadcast, d_weights
+    return (d_states if wants["states"] else None), d_broadcast, d_weights
+
+
+def _back_from_tables(d_tables: Tensor, states: Tensor, weights: LocalBlockWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the tokens' states and both convolutions' weights from those of the tables that they make.
+
+    Args:
+        d_tables: float32 (26, 2 * taps + 1, D), taps of the narrow convolution, of the wide one, and the states' own.
+        states: (26, D).
+        weights: in the dtype of the states.
+    """
+    taps = weights.narrow_weight.shape[-1]
+    d_narrow, d_wide, d_own = d_tables[:, :taps], d_tables[:, taps:-1], d_tables[:, -1]
+    d_states = (
+        d_own
+        + torch.einsum("sto,oit->si", d_narrow, weights.narrow_weight.float())
+        + torch.einsum("sto,oit->si", d_wide, weights.wide_weight.float())
+    )
+    d_narrow_weight, d_wide_weight = (torch.einsum("sto,si->oit", d, states.float()) for d in (d_narrow, d_wide))
+    return d_states.to(states.dtype), d_narrow_weight, d_wide_weight
 
 
 def _convolution_weight(gradient: Tensor, x: Tensor, weight: Tensor, dilation: int) -> Tensor:

@@ -1,5 +1,7 @@
 """The CPU back end against the float64 reference: every dtype, odd lengths, poisoned memory, gradients, bits."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from proteinbert_fast import ProteinBertConfig, Tokenizer, _cpu_kernels
 from proteinbert_fast.model import Block
 from proteinbert_fast.ops import cpu, reference
-from proteinbert_fast.ops.reference import LocalBlockWeights
+from proteinbert_fast.ops.reference import Embedded, LocalBlockWeights
 
 # float32: rounding in 1,152-term sums of numbers near 1, then a norm. bfloat16: 2^-8 relative for each of the four
 # rounded intermediates that meet in a norm's output of size up to 5.
@@ -204,6 +206,83 @@ def test_same_bits_with_gradients_and_without(dtype):
         assert all(torch.equal(a, b) for a, b in zip(with_gradients, states(), strict=True))
 
 
+def make_first(config: ProteinBertConfig, residues):
+    """As ``make``, of all tokens: those of a batch and their states."""
+    block, _, _, _, query = make(config, residues)
+    rng = random.Random(0)
+    batch = Tokenizer()(["".join(rng.choices("ACDEFGHIKLMNPQRSTUVWXY*", k=n)) for n in residues])
+    return block, batch, torch.randn(26, config.d_local), torch.randn(len(batch), config.d_local), query
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize("residues", [(0,), (1, 30, 2), (255, 0, 700)], ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_first_block_from_tokens_equals_the_reference(size, residues, dtype):
+    block, batch, table, broadcast, _ = make_first(SIZES[size], residues)
+
+    def first(dtype, local_block):
+        states = table.detach().to(dtype, copy=True).requires_grad_()
+        word = broadcast.detach().to(dtype, copy=True).requires_grad_()
+        b = Block(SIZES[size]).to(dtype)
+        b.load_state_dict(block.state_dict())
+        hidden, local = local_block(Embedded(batch.tokens, states), word, b)
+        torch.manual_seed(1)
+        sum((part * torch.randn(part.shape, dtype=torch.float64)).sum() for part in (hidden, local)).backward()
+        gradients = {name: p.grad for name, p in b.named_parameters() if p.grad is not None}
+        assert len(gradients) == 10
+        return hidden, local, gradients | {"table": states.grad, "word": word.grad}
+
+    def plain(x, word, b):
+        rows = reference.embed_tokens(*x)
+        return reference.local_block(rows, word, batch.segments, b.local_weights(), 5)
+
+    def ours(save):
+        return lambda x, word, b: cpu.local_block(x, word, batch, b.local_weights(), 5, True, save)
+
+    hidden, local, gradients = first(dtype, ours("preactivations"))
+    exact_hidden, exact_local, exact = first(torch.float64, plain)
+    close(hidden, exact_hidden, TOLERANCE[dtype])
+    close(local, exact_local, TOLERANCE[dtype])
+    assert not local[batch.segments < 0].any()
+    assert_gradients_close(gradients, exact, dtype)
+    again = first(dtype, ours("inputs"))[2]
+    assert all(torch.equal(gradients[name], again[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_first_block_from_tokens_has_the_same_bits_in_any_batch(dtype):
+    block, batch, table, broadcast, _ = make_first(SIZES["odd"], [*range(30), 700])
+    table, broadcast, block = table.to(dtype), broadcast.to(dtype), block.to(dtype)
+    before = torch.get_num_threads()
+    with torch.no_grad():
+        _, local = cpu.local_block(Embedded(batch.tokens, table), broadcast, batch, block.local_weights(), 5)
+        for i in (0, 7, 29, 30):
+            one = batch[i]
+            _, alone = cpu.local_block(Embedded(one.tokens, table), broadcast[i : i + 1], one, block.local_weights(), 5)
+            assert torch.equal(one.unpack(alone)[0], batch.unpack(local)[i])
+        try:
+            torch.set_num_threads(3)
+            _, shared = cpu.local_block(Embedded(batch.tokens, table), broadcast, batch, block.local_weights(), 5)
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(local, shared)
+
+
+def test_frozen_parts_of_a_first_block_get_no_gradient():
+    block, batch, table, broadcast, _ = make_first(SIZES["small"], (40,))
+    block.requires_grad_(False)
+    states = table.requires_grad_()
+    cpu.local_block(Embedded(batch.tokens, states), broadcast, batch, block.local_weights(), 5)[1].sum().backward()
+    assert states.grad.any()
+    assert all(p.grad is None for p in block.parameters())
+    block.local_dense.requires_grad_(True)
+    frozen = Embedded(batch.tokens, table.detach())
+    cpu.local_block(frozen, broadcast, batch, block.local_weights(), 5)[1].sum().backward()
+    assert block.local_dense.weight.grad.any()
+    assert block.narrow_conv.weight.grad is None
+
+
 def test_no_gradient_flows_where_none_is_asked_for():
     block, batch, x, broadcast, query = make(SIZES["small"], (5,))
     block.requires_grad_(False)
@@ -311,6 +390,7 @@ def test_every_instruction_set_equals_the_reference(instruction_set, dtype):
     test_local_block_equals_the_reference((300, 1, 509), "odd", dtype)
     test_global_attention_equals_the_reference((300, 1, 509), "odd", dtype)
     test_gradients_are_those_of_the_reference("odd", (300, 1, 509), dtype, False)
+    test_first_block_from_tokens_equals_the_reference("odd", (300, 1, 509), dtype)
     test_numbers_that_are_none_stay_in_their_protein(float("nan"), dtype)
 
 
@@ -342,8 +422,8 @@ def test_kernels_run_on_the_threads_of_torch():
 
 def test_sizes_that_do_not_fit_are_refused_by_the_kernels_too():
     with pytest.raises(ValueError, match="channels must be a multiple of 16 up to 4096, got 12"):
-        _cpu_kernels.local_block(0, 0, 0, [0] * 10, 0, 0, 0, 0, 0, 0, 12, 9, 5, False, 1)
+        _cpu_kernels.local_block(0, 0, 0, 0, 0, [0] * 10, 0, 0, 0, 0, 0, 0, 12, 9, 5, False, 1)
     with pytest.raises(ValueError, match="channels must be a multiple of 16 up to 4096, got 12"):
-        _cpu_kernels.local_block_backward(0, 0, 0, [0] * 10, 0, 0, 0, 0, [0] * 5, 0, 0, 20, 20, 12, 9, 5, False, 1)
+        _cpu_kernels.local_block_backward(*[0] * 5, [0] * 10, 0, 0, 0, 0, [0] * 5, 0, 0, 0, 20, 20, 12, 9, 5, False, 1)
     with pytest.raises(ValueError, match="d_key must be a multiple of 16 up to 4096, got 12"):
         _cpu_kernels.attention_backward(*[0] * 6, 0, *[0] * 6, 16, 1, 12, 16, False, 1)
