@@ -191,8 +191,7 @@ def local_block(
         wide_dilation: rows between the taps of the wide convolution.
     """
     inside = (segments >= 0).unsqueeze(-1)
-    # Index -1 reads the zero row that is appended for gaps.
-    broadcast = F.pad(broadcast, (0, 0, 0, 1))[segments]
+    broadcast = of_each_row(broadcast, segments)
     narrow = gelu(convolution(x, weights.narrow_weight, weights.narrow_bias))
     wide = gelu(convolution(x, weights.wide_weight, weights.wide_bias, wide_dilation))
     hidden = layer_norm(x + broadcast + narrow + wide, weights.norm1_weight, weights.norm1_bias)
@@ -200,6 +199,20 @@ def local_block(
     dense = gelu(F.linear(hidden, weights.dense_weight, weights.dense_bias))
     local = layer_norm(hidden + dense, weights.norm2_weight, weights.norm2_bias)
     return LocalStates(hidden, local.where(inside, 0))
+
+
+def of_each_row(values: Tensor, segments: Tensor, in_gaps: float = 0.0) -> Tensor:
+    """(R, C): of (B, C) values, those of each row's protein.
+
+    A look-up, because the gradient of indexing is summed in no fixed order, on CPUs too.
+
+    Args:
+        values: (B, C).
+        segments: (R,) integers, the protein of each row, -1 in gap rows.
+        in_gaps: what gap rows get.
+    """
+    padded = F.pad(values, (0, 0, 0, 1), value=in_gaps)
+    return F.embedding(segments.where(segments >= 0, values.shape[0]), padded)
 
 
 def sum_by_protein(rows: Tensor, segments: Tensor, n_proteins: int) -> Tensor:
@@ -237,7 +250,7 @@ def global_attention(
     keys = _by_head(torch.tanh(F.linear(local, key_weight)), n_heads)
     values = _by_head(gelu(F.linear(local, value_weight)), n_heads)
     accumulate = torch.promote_types(keys.dtype, torch.float32)
-    query_of_row = _by_head(F.pad(query, (0, 0, 0, 1))[segments], n_heads)
+    query_of_row = _by_head(of_each_row(query, segments), n_heads)
     logits = (query_of_row.to(accumulate) * keys).sum(-1) / math.sqrt(keys.shape[-1])
     e = logits.exp()
     numerator = sum_by_protein((e.unsqueeze(-1) * values).flatten(1), segments, n_proteins)
@@ -245,7 +258,7 @@ def global_attention(
     pooled = (_by_head(numerator, n_heads) / denominator.unsqueeze(-1)).flatten(1)
     weights = None
     if return_weights:
-        weights = (e / F.pad(denominator, (0, 0, 0, 1), value=1.0)[segments]).where((segments >= 0).unsqueeze(-1), 0)
+        weights = (e / of_each_row(denominator, segments, 1.0)).where((segments >= 0).unsqueeze(-1), 0)
     return Attended(pooled.to(local.dtype), weights)
 
 
