@@ -128,9 +128,7 @@ def held_out_set(representative: str) -> str:
     return {0: "validation", 1: "test"}.get(place, "train")
 
 
-def cluster_of(
-    accession: str, clusters90: dict[str, str], clusters50: dict[str, str], args: argparse.Namespace
-) -> str:
+def cluster_of(accession: str, clusters90: dict[str, str], clusters50: dict[str, str], args: argparse.Namespace) -> str:
     """Representative of a protein's 50 % cluster; that table may hold all proteins, or the 90 % representatives."""
     if accession not in clusters90:
         raise InputError(f"{args.clusters90}: no cluster for {accession} of {args.proteins}")
@@ -272,7 +270,7 @@ def open_text(path: Path) -> TextIO:
     """A text file, gzip or plain, told by its first bytes."""
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    return io.TextIOWrapper(gzip.open(path), "utf-8", newline="") if packed else open(path, encoding="utf-8", newline="")
+    return io.TextIOWrapper(gzip.open(path), "utf-8") if packed else open(path, encoding="utf-8")
 
 
 def write(path: Path, text: str) -> None:
