@@ -111,8 +111,9 @@ def prepare(args: argparse.Namespace) -> None:
         annotations=[args.output / "annotations.tsv"],
         ancestors="part_of",
         min_count=args.min_count,
-        validation_ids=[args.output / "validation_ids.txt"],
-        test_ids=[args.output / "test_ids.txt"],
+        # A small corpus may have none, which the builder takes for a mistake.
+        validation_ids=[args.output / "validation_ids.txt"] if lists["validation_ids.txt"] else [],
+        test_ids=[args.output / "test_ids.txt"] if lists["test_ids.txt"] else [],
         overwrite=args.overwrite,
     )
     report = built.report
