@@ -23,8 +23,9 @@ from proteinbert_fast.pretraining.config import PretrainingConfig, read_config
 from proteinbert_fast.pretraining.trainer import pretrain
 
 SMALL = PretrainingConfig(
-    d_local=16, d_global=32, n_blocks=2, n_heads=2, d_key=16, kernel_size=3, steps=12, tokens_per_batch=1500, window=200,
-    precision="float32", learning_rate=2e-3, checkpoint_every=5, validate_every=6, validation_proteins=10, log_every=1,
+    d_local=16, d_global=32, n_blocks=2, n_heads=2, d_key=16, kernel_size=3, steps=12, tokens_per_batch=1500,
+    window=200, precision="float32", learning_rate=2e-3, checkpoint_every=5, validate_every=6,
+    validation_proteins=10, log_every=1,
 )  # fmt: skip
 MODERN = replace(
     SMALL, optimizer="adamw", schedule="cosine", warmup_steps=3, lowest_learning_rate=0.0, ema=0.9, clip=0.5,
@@ -34,9 +35,8 @@ KINDS = {
     "paper": SMALL,
     "modern": MODERN,
     "wsd, 16 bits": replace(MODERN, schedule="wsd", decay_steps=4, precision="bfloat16"),
-    "loss scaling": replace(
-        SMALL, precision="float16", steps=8, tokens_per_batch=250, window=60
-    ),  # slow products on CPUs,
+    # CPUs take long for products of this precision.
+    "loss scaling": replace(SMALL, precision="float16", steps=8, tokens_per_batch=250, window=60),
 }
 
 
@@ -340,7 +340,7 @@ def test_gradients_that_are_not_finite(small_corpus, tmp_path, monkeypatch):
 
     forward = trainer.Objective.forward
     monkeypatch.setattr(trainer.Objective, "forward", spoiled)
-    with pytest.raises(NonFiniteError, match="gradients of .* parameters hold NaN or infinity: "):
+    with pytest.raises(NonFiniteError, match=r"gradients of .* parameters hold NaN or infinity: "):
         pretrain(small_corpus, tmp_path / "stop", replace(SMALL, steps=2))
     done = pretrain(small_corpus, tmp_path / "skip", replace(SMALL, steps=2, nonfinite="skip", validate_every=0))
     assert done.is_complete
