@@ -121,7 +121,7 @@ def _ids(path: Path | None) -> list[str]:
 
 
 class _Stop:
-    """Whether a signal asked to stop; the second one does not wait."""
+    """Whether a signal asked to stop. A second Ctrl-C does not wait; a second SIGTERM is torchrun's, passing it on."""
 
     by: int | None = None
 
@@ -135,7 +135,7 @@ def _stoppable() -> Iterator[_Stop]:
     stop = _Stop()
 
     def hear(number: int, frame: types.FrameType | None) -> None:
-        if stop.wanted:
+        if stop.by == number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.by = number
 
