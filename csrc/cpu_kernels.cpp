@@ -42,8 +42,28 @@ struct LocalBlock {
     const float *narrow_bias, *wide_bias, *dense_bias;
     const float *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;
     T *hidden, *local;  // (rows, channels) after the first norm, or null; after the second
+    T *narrow, *wide;   // (rows, channels) what the convolutions gave, for the backward pass; both or neither null
     int channels, taps, wide_dilation;
 };
+
+// The local block's gradients but for those that are products over all rows; see local_block_backward.
+template <class T>
+struct LocalBlockBackward {
+    const T* x;                    // (rows, channels), as are all states and gradients here
+    const float* broadcast;        // (proteins, channels)
+    const std::int32_t* segments;  // (rows,)
+    const T *narrow, *wide;        // what the convolutions gave
+    const T *d_local, *d_hidden;   // d_hidden may be null
+    const T *narrow_weight, *wide_weight, *dense_weight;  // as in the forward pass
+    const float *dense_bias, *norm1_weight, *norm1_bias, *norm2_weight;
+    T *hidden, *d_dense, *d_narrow, *d_wide;  // states after the first norm; gradients of what the products gave
+    T* d_sum;      // gradients of what the first norm normalised
+    T* d_x;        // or null
+    float* sums;   // (units, kSums, channels), each unit's, those of all in the first
+    int channels, taps, wide_dilation;
+};
+enum Sums { kNarrowBias, kWideBias, kNorm1Weight, kNorm1Bias, kDenseBias, kNorm2Weight, kNorm2Bias, kSums };
+constexpr std::int64_t kUnit = 192;  // rows whose sums are formed apart, then added in order
 
 template <class T>
 struct Attention {
@@ -54,6 +74,18 @@ struct Attention {
     float* weights;                       // (rows, heads) or null: e of each row
     int channels, heads, d_key, d_value;
     float scale_log2;
+};
+
+// Global attention's gradients but for those of its weights, which are products over all rows.
+template <class T>
+struct AttentionBackward {
+    Attention<T> forward;       // partials and weights are not used
+    const float* denominators;  // (proteins, heads)
+    const float* pooled;        // (proteins, heads, d_value), the result
+    const float* d_pooled;      // (proteins, heads, d_value)
+    T* d_keys_values;           // (rows, heads * d_key + heads * d_value): of what the products gave
+    T* d_local;                 // (rows, channels)
+    float* d_query;             // (slots, heads, d_key)
 };
 
 // kTile rows of one protein, counted from its own first row.
@@ -239,10 +271,10 @@ void by_dtype(bool is_bf16, const Function& function) {
         function(float{});
 }
 
-// Rows [first, last) of the batch; `hidden` may be 0.
+// Rows [first, last) of the batch; `hidden`, and `narrow` with `wide`, may be 0.
 void local_block(std::uintptr_t x, std::uintptr_t broadcast, std::uintptr_t segments,
                  const std::vector<std::uintptr_t>& weights, std::uintptr_t hidden, std::uintptr_t local,
-                 std::int64_t first, std::int64_t last, int channels, int taps, int wide_dilation, bool is_bf16,
+                 std::uintptr_t narrow, std::uintptr_t wide, std::int64_t first, std::int64_t last, int channels, int taps, int wide_dilation, bool is_bf16,
                  int threads) {
     check_channels("channels", channels);
     if (weights.size() != 10) throw std::invalid_argument("a local block has 10 weights");
@@ -254,9 +286,47 @@ void local_block(std::uintptr_t x, std::uintptr_t broadcast, std::uintptr_t segm
                               at<const float>(w[1]), at<const float>(w[3]),      at<const float>(w[7]),
                               at<const float>(w[4]), at<const float>(w[5]),      at<const float>(w[8]),
                               at<const float>(w[9]), at<T>(hidden),              at<T>(local),
-                              channels,              taps,                       wide_dilation};
+                              at<T>(narrow),         at<T>(wide),                channels,
+                              taps,                  wide_dilation};
         PBF_CALL(local_block, a, first, last, threads);
     });
+}
+
+// Gradients of a batch of `rows` rows whose first and last `gap` are gaps. Of the weights' gradients, those of norms and
+// biases, in the order of Sums, and the factors of the others. `d_hidden` and `d_x` may be 0.
+void local_block_backward(std::uintptr_t x, std::uintptr_t broadcast, std::uintptr_t segments,
+                          const std::vector<std::uintptr_t>& weights, std::uintptr_t narrow, std::uintptr_t wide,
+                          std::uintptr_t d_local, std::uintptr_t d_hidden, const std::vector<std::uintptr_t>& results,
+                          std::uintptr_t d_x, std::uintptr_t sums, std::int64_t gap, std::int64_t rows, int channels,
+                          int taps, int wide_dilation, bool is_bf16, int threads) {
+    check_channels("channels", channels);
+    if (weights.size() != 10) throw std::invalid_argument("a local block has 10 weights");
+    if (results.size() != 5) throw std::invalid_argument("a local block's backward pass has 5 results");
+    by_dtype(is_bf16, [&](auto zero) {
+        using T = decltype(zero);
+        const auto& w = weights;
+        const auto& r = results;
+        const LocalBlockBackward<T> a{
+            at<const T>(x),        at<const float>(broadcast), at<const std::int32_t>(segments),
+            at<const T>(narrow),   at<const T>(wide),          at<const T>(d_local),
+            at<const T>(d_hidden), at<const T>(w[0]),          at<const T>(w[2]),
+            at<const T>(w[6]),     at<const float>(w[7]),      at<const float>(w[4]),
+            at<const float>(w[5]), at<const float>(w[8]),      at<T>(r[0]),
+            at<T>(r[1]),           at<T>(r[2]),                at<T>(r[3]),
+            at<T>(r[4]),           at<T>(d_x),                 at<float>(sums),
+            channels,              taps,                       wide_dilation};
+        PBF_CALL(local_block_backward, a, gap, rows - gap, rows, threads);
+    });
+}
+
+std::vector<Tile> tiles_of(const std::int64_t* starts, const std::int64_t* lengths, const std::int64_t* slots,
+                           std::int64_t proteins) {
+    std::vector<Tile> tiles;
+    for (std::int64_t p = 0; p < proteins; ++p)
+        for (std::int64_t row = 0; row < lengths[p]; row += kTile)
+            tiles.push_back({starts[p] + row, slots[p] + row / kTile, static_cast<std::int32_t>(p),
+                             static_cast<int>(std::min(kTile, lengths[p] - row))});
+    return tiles;
 }
 
 // Sums over each tile of each protein; see attention_finish. `weights` may be 0.
@@ -273,14 +343,8 @@ void attention(std::uintptr_t local, std::uintptr_t key_weight, std::uintptr_t v
                              at<const float>(query), at<float>(partials), at<float>(weights),
                              channels, heads, d_key, d_value,
                              1.4426950408889634f / std::sqrt(static_cast<float>(d_key))};
-        const auto* start = at<const std::int64_t>(starts);
-        const auto* length = at<const std::int64_t>(lengths);
-        const auto* slot = at<const std::int64_t>(slots);
-        std::vector<Tile> tiles;
-        for (std::int64_t p = 0; p < proteins; ++p)
-            for (std::int64_t row = 0; row < length[p]; row += kTile)
-                tiles.push_back({start[p] + row, slot[p] + row / kTile, static_cast<std::int32_t>(p),
-                                 static_cast<int>(std::min(kTile, length[p] - row))});
+        const auto tiles = tiles_of(at<const std::int64_t>(starts), at<const std::int64_t>(lengths),
+                                    at<const std::int64_t>(slots), proteins);
         PBF_CALL(attention, a, tiles, threads);
     });
 }
@@ -308,6 +372,41 @@ void attention_finish(std::uintptr_t partials, std::uintptr_t slots, std::int64_
         }
 }
 
+// Gradients from those of the pooled values. `keys_values_weight` are all heads' keys, then all heads' values; so are the
+// columns of `d_keys_values`. `d_query` has a part for each slot; protein_sums adds them up.
+void attention_backward(std::uintptr_t local, std::uintptr_t keys_values_weight, std::uintptr_t query,
+                        std::uintptr_t starts, std::uintptr_t lengths, std::uintptr_t slots, std::int64_t proteins,
+                        std::uintptr_t denominators, std::uintptr_t pooled, std::uintptr_t d_pooled,
+                        std::uintptr_t d_keys_values, std::uintptr_t d_local, std::uintptr_t d_query, int channels,
+                        int heads, int d_key, int d_value, bool is_bf16, int threads) {
+    check_channels("channels", channels);
+    check_channels("d_key", d_key);
+    check_channels("d_value", d_value);
+    by_dtype(is_bf16, [&](auto zero) {
+        using T = decltype(zero);
+        const T* weight = at<const T>(keys_values_weight);
+        const AttentionBackward<T> a{{at<const T>(local), weight, weight + std::int64_t{heads} * d_key * channels,
+                                      at<const float>(query), nullptr, nullptr, channels, heads, d_key, d_value,
+                                      1.4426950408889634f / std::sqrt(static_cast<float>(d_key))},
+                                     at<const float>(denominators), at<const float>(pooled), at<const float>(d_pooled),
+                                     at<T>(d_keys_values), at<T>(d_local), at<float>(d_query)};
+        const auto tiles = tiles_of(at<const std::int64_t>(starts), at<const std::int64_t>(lengths),
+                                    at<const std::int64_t>(slots), proteins);
+        PBF_CALL(attention_backward, a, weight, tiles, threads);
+    });
+}
+
+// out = sums of (rows, channels) over each protein, in order.
+void protein_sums(std::uintptr_t rows, std::uintptr_t starts, std::uintptr_t lengths, std::int64_t proteins,
+                  std::uintptr_t out, int channels, bool is_bf16, int threads) {
+    check_channels("channels", channels);
+    by_dtype(is_bf16, [&](auto zero) {
+        using T = decltype(zero);
+        PBF_CALL(protein_sums, at<const T>(rows), at<const std::int64_t>(starts), at<const std::int64_t>(lengths),
+                 proteins, at<float>(out), channels, threads);
+    });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu_kernels, m) {
@@ -316,6 +415,11 @@ PYBIND11_MODULE(_cpu_kernels, m) {
     m.def("local_block", &local_block);
     m.def("attention", &attention);
     m.def("attention_finish", &attention_finish);
+    m.attr("UNIT") = kUnit;
+    m.attr("SUMS") = static_cast<int>(kSums);
+    m.def("local_block_backward", &local_block_backward);
+    m.def("attention_backward", &attention_backward);
+    m.def("protein_sums", &protein_sums);
     m.def("instruction_set", [] { return kIsaNames[static_cast<int>(isa)]; }, "The one in use.");
     m.def("use_instruction_set", &use_instruction_set, "Uses a lesser one than the best, to test it or to compare.");
     m.def("shares_threads", [] { return gomp_parallel() != nullptr; },

@@ -66,12 +66,9 @@ inline f16x exp2_of_number(f16x x) {
 
 inline f16x exp2_(f16x x) { return x == x ? exp2_of_number(at_most(at_least(x, -126.0f), 126.0f)) : x; }
 
-// The erf form of GELU to 8e-8 absolute: max(x, 0) - |x| 2^P(|x|), where 2^P is the normal distribution's upper tail and
-// P a least-maximum fit on [0, 6]; beyond, the second term stays below 6e-9. As the exact form, +inf gives +inf, and
-// -inf and NaN give NaN.
-inline f16x gelu(f16x x) {
-    const f16x magnitude = absolute(x);
-    const f16x a = at_most(magnitude, 6.0f);
+// The normal distribution's upper tail beyond |x|, for 0 <= a = |x| <= 6: 2^P(a), P a fit that keeps the error of a * tail
+// least, 6e-8; that of the tail itself is 3e-6 near 0.
+inline f16x tail(f16x a) {
     f16x p = splat(3.3093125e-5f);
     p = p * a - 7.6922245e-4f;
     p = p * a + 8.0807256e-3f;
@@ -79,7 +76,29 @@ inline f16x gelu(f16x x) {
     p = p * a - 4.5877096e-1f;
     p = p * a - 1.1512017f;
     p = p * a - 9.9999309e-1f;
-    return 0.5f * (x + magnitude) - a * exp2_of_number(p);
+    return exp2_of_number(p);
+}
+
+// The erf form of GELU to 8e-8 absolute: max(x, 0) - |x| tail(|x|); beyond 6, the second term stays below 6e-9. As the exact
+// form, +inf gives +inf, and -inf and NaN give NaN.
+inline f16x gelu(f16x x) {
+    const f16x magnitude = absolute(x);
+    const f16x a = at_most(magnitude, 6.0f);
+    return 0.5f * (x + magnitude) - a * tail(a);
+}
+
+struct Gelu {
+    f16x value, slope;
+};
+
+// GELU with its derivative, the normal distribution's share below x and x times its density, to 3e-6 absolute. Beyond 6 the
+// slope is as at 6. NaN gives NaN.
+inline Gelu gelu_and_slope(f16x x) {
+    const f16x magnitude = absolute(x);
+    const f16x a = at_most(magnitude, 6.0f);
+    const f16x t = tail(a);
+    const f16x beyond = t - a * (0.3989422804f * exp2_of_number(-0.7213475204f * a * a));
+    return {0.5f * (x + magnitude) - a * t, x < 0.0f ? beyond : 1.0f - beyond};
 }
 
 // tanh to 3e-7 absolute.
@@ -94,9 +113,12 @@ inline float sum(f16x v) {
     return lanes[0];
 }
 
-// out = LayerNorm(row) * gamma + beta over `channels` float32 values already in `row`.
-template <class T>
-inline void layer_norm(const float* row, const float* gamma, const float* beta, T* out, int channels) {
+struct Moments {
+    float mean, scale;  // scale is 1 / standard deviation
+};
+
+// Of `channels` values in `row`.
+inline Moments moments(const float* row, int channels) {
     f16x total{};
     for (int c = 0; c < channels; c += 16) total += load(row + c);
     const float mean = sum(total) / static_cast<float>(channels);
@@ -105,9 +127,33 @@ inline void layer_norm(const float* row, const float* gamma, const float* beta, 
         const f16x d = load(row + c) - mean;
         squares += d * d;
     }
-    const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(channels) + kLayerNormEpsilon);
+    return {mean, 1.0f / std::sqrt(sum(squares) / static_cast<float>(channels) + kLayerNormEpsilon)};
+}
+
+// out = LayerNorm(row) * gamma + beta over `channels` float32 values already in `row`.
+template <class T>
+inline void layer_norm(const float* row, const float* gamma, const float* beta, T* out, int channels) {
+    const Moments m = moments(row, channels);
     for (int c = 0; c < channels; c += 16)
-        store(out + c, (load(row + c) - mean) * scale * load(gamma + c) + load(beta + c));
+        store(out + c, (load(row + c) - m.mean) * m.scale * load(gamma + c) + load(beta + c));
+}
+
+// The gradient of what a norm normalised, in place of `gradient`, that of its result; those of gamma and beta are
+// added to.
+inline void layer_norm_backward(const float* normalised, float scale, const float* gamma, float* gradient,
+                                float* d_gamma, float* d_beta, int channels) {
+    f16x total{}, along{};
+    for (int c = 0; c < channels; c += 16) {
+        const f16x d = load(gradient + c), n = load(normalised + c), g = d * load(gamma + c);
+        store(d_gamma + c, load(d_gamma + c) + d * n);
+        store(d_beta + c, load(d_beta + c) + d);
+        total += g;
+        along += g * n;
+    }
+    const float mean = sum(total) / static_cast<float>(channels);
+    const float slope = sum(along) / static_cast<float>(channels);
+    for (int c = 0; c < channels; c += 16)
+        store(gradient + c, scale * (load(gradient + c) * load(gamma + c) - mean - load(normalised + c) * slope));
 }
 
 // What products multiply: bfloat16 where the processor has an instruction for it, else float32.
@@ -267,9 +313,21 @@ struct PackedLocalBlock {
         const E* window = factors(x - reach, values + 2 * reach, room) + reach;
         product(narrow, window, runs, narrow_sums);
         product(wide, window, runs, wide_sums);
+        if (a.narrow) {
+            keep(narrow_sums, runs, a.narrow + first * a.channels);
+            keep(wide_sums, runs, a.wide + first * a.channels);
+        }
         merge_convolutions(x, narrow_sums, wide_sums, segments, rows, hidden);
         product(dense, factors<T>(hidden, values, room), runs, narrow_sums);
         merge_dense(hidden, narrow_sums, segments, rows, a.local + first * a.channels);
+    }
+
+    // Rows of gaps are left as they are: nobody reads them.
+    void keep(const float* sums, const Runs& runs, T* out) const {
+        for (const Run& run : runs)
+            for (std::int64_t i = std::int64_t{run.first} * a.channels, n = i + std::int64_t{run.rows} * a.channels; i < n;
+                 i += 16)
+                store(out + i, load(sums + i));
     }
 
     // out = LN(x + broadcast[segment] + gelu(narrow) + gelu(wide)); zeros in gap rows.
@@ -360,6 +418,245 @@ struct PackedAttention {
     }
 };
 
+// The local block's gradients, weights packed for this instruction set.
+template <class T>
+struct PackedLocalBlockBackward {
+    using E = Factor<T>;
+    const LocalBlockBackward<T>& a;
+    Buffer<E> weights;
+    Product<E> dense, dense_back, narrow_back, wide_back;
+
+    PackedLocalBlockBackward(const LocalBlockBackward<T>& a, int threads) : a(a) {
+        const std::int64_t square = std::int64_t{a.channels} * a.channels, convolution = square * a.taps;
+        E* room = weights.room(2 * square + 2 * convolution);
+        dense = {room, a.dense_bias, a.channels, a.channels, 1, 1, a.channels};
+        dense_back = {room + square, nullptr, a.channels, a.channels, 1, 1, a.channels};
+        narrow_back = {room + 2 * square, nullptr, a.channels, a.channels, a.taps, 1, a.channels};
+        wide_back = {room + 2 * square + convolution, nullptr, a.channels, a.channels, a.taps, a.wide_dilation,
+                     a.channels};
+        parallel_for(a.channels / 16, threads, [&](std::int64_t sixteen) {
+            for (int c = static_cast<int>(sixteen) * 16; c < (sixteen + 1) * 16; ++c) {
+                // Backwards, outputs are inputs and the taps are in reverse.
+                const int last_tap = c * a.taps + a.taps - 1, stride = a.channels * a.taps;
+                pack_column(a.dense_weight + std::int64_t{c} * a.channels, 1, 0, dense, c, room);
+                pack_column(a.dense_weight + c, a.channels, 0, dense_back, c, room + square);
+                pack_column(a.narrow_weight + last_tap, stride, -1, narrow_back, c, room + 2 * square);
+                pack_column(a.wide_weight + last_tap, stride, -1, wide_back, c, room + 2 * square + convolution);
+            }
+        });
+    }
+
+    // Rows [first, last): all but the gradients of x. `sums` are the unit's.
+    void around_products(std::int64_t first, std::int64_t last, float* sums) const {
+        static thread_local Buffer<float> buffer;
+        static thread_local Buffer<E> widened_rows;
+        const int rows = static_cast<int>(last - first);
+        const std::int64_t values = std::int64_t{rows} * a.channels, offset = first * a.channels;
+        float* normalised = buffer.room(5 * values + rows);
+        float* narrow_slopes = normalised + values;
+        float* wide_slopes = narrow_slopes + values;
+        float* dense_sums = wide_slopes + values;
+        float* back = dense_sums + values;
+        float* scales = back + values;
+        E* room = kWidens<T> ? widened_rows.room(values) : nullptr;
+        const std::int32_t* segments = a.segments + first;
+        const Runs runs = runs_of(segments, rows);
+        float row[kMaxChannels];
+
+        std::fill(sums, sums + kSums * a.channels, 0.0f);
+        for (int r = 0; r < rows; ++r) {
+            const std::int64_t at = offset + std::int64_t{r} * a.channels;
+            if (segments[r] < 0) {
+                for (T* out : {a.hidden, a.d_dense, a.d_narrow, a.d_wide, a.d_sum})
+                    std::memset(out + at, 0, sizeof(T) * a.channels);
+                continue;
+            }
+            const float* broadcast = a.broadcast + std::int64_t{segments[r]} * a.channels;
+            const std::int64_t in_unit = std::int64_t{r} * a.channels;
+            for (int c = 0; c < a.channels; c += 16) {
+                const Gelu narrow = gelu_and_slope(load(a.narrow + at + c)), wide = gelu_and_slope(load(a.wide + at + c));
+                store(row + c, load(a.x + at + c) + load(broadcast + c) + narrow.value + wide.value);
+                store(narrow_slopes + in_unit + c, narrow.slope);
+                store(wide_slopes + in_unit + c, wide.slope);
+            }
+            const Moments m = moments(row, a.channels);
+            scales[r] = m.scale;
+            for (int c = 0; c < a.channels; c += 16) {
+                const f16x n = (load(row + c) - m.mean) * m.scale;
+                store(normalised + in_unit + c, n);
+                store(a.hidden + at + c, n * load(a.norm1_weight + c) + load(a.norm1_bias + c));
+            }
+        }
+
+        product(dense, factors<T>(a.hidden + offset, values, room), runs, dense_sums);
+        for (int r = 0; r < rows; ++r) {
+            if (segments[r] < 0) continue;
+            const std::int64_t at = offset + std::int64_t{r} * a.channels;
+            float* sum = dense_sums + std::int64_t{r} * a.channels;
+            float* gradient = back + std::int64_t{r} * a.channels;
+            for (int c = 0; c < a.channels; c += 16) {
+                const Gelu dense = gelu_and_slope(load(sum + c));
+                store(row + c, load(a.hidden + at + c) + dense.value);
+                store(sum + c, dense.slope);
+            }
+            const Moments m = moments(row, a.channels);
+            for (int c = 0; c < a.channels; c += 16) {
+                store(row + c, (load(row + c) - m.mean) * m.scale);
+                store(gradient + c, load(a.d_local + at + c));
+            }
+            layer_norm_backward(row, m.scale, a.norm2_weight, gradient, sums + kNorm2Weight * a.channels,
+                                sums + kNorm2Bias * a.channels, a.channels);
+            float* d_bias = sums + kDenseBias * a.channels;
+            for (int c = 0; c < a.channels; c += 16) {
+                const f16x d = load(gradient + c), d_sum = d * load(sum + c);
+                store(a.d_dense + at + c, d_sum);
+                store(d_bias + c, load(d_bias + c) + d_sum);
+                store(sum + c, d);
+            }
+        }
+
+        product(dense_back, factors<T>(a.d_dense + offset, values, room), runs, back);
+        for (int r = 0; r < rows; ++r) {
+            if (segments[r] < 0) continue;
+            const std::int64_t at = offset + std::int64_t{r} * a.channels;
+            const std::int64_t in_unit = std::int64_t{r} * a.channels;
+            float* gradient = back + in_unit;
+            const float* beside = dense_sums + in_unit;
+            for (int c = 0; c < a.channels; c += 16) {
+                f16x d = load(beside + c) + load(gradient + c);
+                if (a.d_hidden) d += load(a.d_hidden + at + c);
+                store(gradient + c, d);
+            }
+            layer_norm_backward(normalised + in_unit, scales[r], a.norm1_weight, gradient,
+                                sums + kNorm1Weight * a.channels, sums + kNorm1Bias * a.channels, a.channels);
+            float *narrow_bias = sums + kNarrowBias * a.channels, *wide_bias = sums + kWideBias * a.channels;
+            for (int c = 0; c < a.channels; c += 16) {
+                const f16x d = load(gradient + c);
+                const f16x narrow = d * load(narrow_slopes + in_unit + c), wide = d * load(wide_slopes + in_unit + c);
+                store(a.d_sum + at + c, d);
+                store(a.d_narrow + at + c, narrow);
+                store(a.d_wide + at + c, wide);
+                store(narrow_bias + c, load(narrow_bias + c) + narrow);
+                store(wide_bias + c, load(wide_bias + c) + wide);
+            }
+        }
+    }
+
+    // Rows [first, last) of the gradients of x; zeros in gap rows.
+    void of_x(std::int64_t first, std::int64_t last) const {
+        static thread_local Buffer<float> buffer;
+        static thread_local Buffer<E> widened_rows;
+        const int rows = static_cast<int>(last - first);
+        const std::int64_t values = std::int64_t{rows} * a.channels, offset = first * a.channels;
+        const std::int64_t reach = std::int64_t{a.taps / 2} * a.wide_dilation * a.channels;
+        float* narrow_sums = buffer.room(2 * values);
+        float* wide_sums = narrow_sums + values;
+        E* room = kWidens<T> ? widened_rows.room(values + 2 * reach) : nullptr;
+        const Runs runs = runs_of(a.segments + first, rows);
+        product(narrow_back, factors(a.d_narrow + offset - reach, values + 2 * reach, room) + reach, runs, narrow_sums);
+        product(wide_back, factors(a.d_wide + offset - reach, values + 2 * reach, room) + reach, runs, wide_sums);
+        std::memset(a.d_x + offset, 0, sizeof(T) * values);
+        for (const Run& run : runs)
+            for (std::int64_t i = std::int64_t{run.first} * a.channels, n = i + std::int64_t{run.rows} * a.channels; i < n;
+                 i += 16)
+                store(a.d_x + offset + i, load(a.d_sum + offset + i) + load(narrow_sums + i) + load(wide_sums + i));
+    }
+};
+
+// Global attention's gradients, weights packed for this instruction set.
+template <class T>
+struct PackedAttentionBackward {
+    using E = Factor<T>;
+    const AttentionBackward<T>& a;
+    PackedAttention<T> forward;
+    int keys, both;  // columns of d_keys_values: of the keys, in all
+    Buffer<E> weights;
+    Product<E> keys_values_back;
+
+    PackedAttentionBackward(const AttentionBackward<T>& a, const T* keys_values_weight, int threads)
+        : a(a), forward(a.forward, threads), keys(a.forward.heads * a.forward.d_key),
+          both(keys + a.forward.heads * a.forward.d_value) {
+        const int channels = a.forward.channels;
+        E* room = weights.room(std::int64_t{both} * channels);
+        keys_values_back = {room, nullptr, both, channels, 1, 1, channels};
+        parallel_for(channels / 16, threads, [&](std::int64_t sixteen) {
+            for (int c = static_cast<int>(sixteen) * 16; c < (sixteen + 1) * 16; ++c)
+                pack_column(keys_values_weight + c, channels, 0, keys_values_back, c, room);
+        });
+    }
+
+    void operator()(const Tile& tile) const {
+        static thread_local Buffer<float> buffer;
+        static thread_local Buffer<E> widened_rows;
+        const Attention<T>& f = a.forward;
+        const int width = forward.width;
+        const std::int64_t values = std::int64_t{tile.rows} * f.channels;
+        float* sums = buffer.room(std::int64_t{tile.rows} * std::max(width, f.channels));
+        E* room = kWidens<T> ? widened_rows.room(std::int64_t{tile.rows} * std::max(both, f.channels)) : nullptr;
+        const E* rows = factors(f.local + tile.row * f.channels, values, room);
+        T* d_rows = a.d_keys_values + tile.row * both;
+        const Runs runs{{0, tile.rows}};
+        for (int head = 0; head < f.heads; ++head) {
+            product(forward.of(head), rows, runs, sums);
+            of_head(tile, head, sums, d_rows + head * f.d_key, d_rows + keys + head * f.d_value);
+        }
+        product(keys_values_back, factors(static_cast<const T*>(d_rows), std::int64_t{tile.rows} * both, room), runs,
+                sums);
+        T* d_local = a.d_local + tile.row * f.channels;
+        for (std::int64_t i = 0; i < values; i += 16) store(d_local + i, load(sums + i));
+    }
+
+    // `products` are (rows, d_key + d_value), as the keys' and values' weights gave them.
+    void of_head(const Tile& tile, int head, float* products, T* d_keys, T* d_values) const {
+        const Attention<T>& f = a.forward;
+        const std::int64_t at = std::int64_t{tile.protein} * f.heads + head;
+        const float* query = f.query + at * f.d_key;
+        const float* d_pooled = a.d_pooled + at * f.d_value;
+        const float inverse = 1.0f / a.denominators[at], scale = 1.0f / std::sqrt(static_cast<float>(f.d_key));
+        float* d_query = a.d_query + (tile.slot * f.heads + head) * f.d_key;
+        f16x along{};
+        for (int c = 0; c < f.d_value; c += 16) along += load(d_pooled + c) * load(a.pooled + at * f.d_value + c);
+        const float mean = sum(along);
+        std::fill(d_query, d_query + f.d_key, 0.0f);
+        float share[16], d_logit[16];
+        for (int done = 0; done < tile.rows; done += 16) {
+            const int rows = std::min(16, tile.rows - done);
+            for (int r = 0; r < 16; ++r) {
+                f16x logit{}, dot{};
+                if (r < rows) {
+                    float* key = products + std::int64_t{done + r} * forward.width;
+                    for (int c = 0; c < f.d_key; c += 16) {
+                        const f16x k = tanh_(load(key + c));
+                        store(key + c, k);
+                        logit += load(query + c) * k;
+                    }
+                    for (int c = f.d_key; c < forward.width; c += 16) {
+                        const Gelu value = gelu_and_slope(load(key + c));
+                        store(key + c, value.slope);
+                        dot += load(d_pooled + c - f.d_key) * value.value;
+                    }
+                }
+                share[r] = sum(logit);
+                d_logit[r] = sum(dot);
+            }
+            const f16x p = exp2_(load(share) * f.scale_log2) * inverse;
+            store(share, p);
+            store(d_logit, p * (load(d_logit) - mean) * scale);
+            for (int r = 0; r < rows; ++r) {
+                const float* key = products + std::int64_t{done + r} * forward.width;
+                for (int c = 0; c < f.d_key; c += 16) {
+                    const f16x k = load(key + c);
+                    store(d_query + c, load(d_query + c) + d_logit[r] * k);
+                    store(d_keys + std::int64_t{done + r} * both + c, d_logit[r] * load(query + c) * (1.0f - k * k));
+                }
+                for (int c = 0; c < f.d_value; c += 16)
+                    store(d_values + std::int64_t{done + r} * both + c,
+                          share[r] * load(d_pooled + c) * load(key + f.d_key + c));
+            }
+        }
+    }
+};
+
 template <class T>
 void local_block(const LocalBlock<T>& a, std::int64_t first, std::int64_t last, int threads) {
     const PackedLocalBlock<T> block(a, threads);
@@ -374,5 +671,47 @@ void attention(const Attention<T>& a, const std::vector<Tile>& tiles, int thread
     const PackedAttention<T> attend(a, threads);
     parallel_for(static_cast<std::int64_t>(tiles.size()) * a.heads, threads, [&](std::int64_t i) {
         attend(tiles[static_cast<std::size_t>(i / a.heads)], static_cast<int>(i % a.heads));
+    });
+}
+
+// `first` and `last`: of the rows that may be none of the first or last gap.
+template <class T>
+void local_block_backward(const LocalBlockBackward<T>& a, std::int64_t first, std::int64_t last, std::int64_t rows,
+                          int threads) {
+    const PackedLocalBlockBackward<T> block(a, threads);
+    const std::int64_t units = (rows + kUnit - 1) / kUnit, values = std::int64_t{kSums} * a.channels;
+    parallel_for(units, threads, [&](std::int64_t i) {
+        block.around_products(i * kUnit, std::min(rows, (i + 1) * kUnit), a.sums + i * values);
+    });
+    for (std::int64_t i = 1; i < units; ++i)
+        for (std::int64_t c = 0; c < values; c += 16) store(a.sums + c, load(a.sums + c) + load(a.sums + i * values + c));
+    if (!a.d_x) return;
+    std::memset(a.d_x, 0, sizeof(T) * std::min(first, rows) * a.channels);
+    if (first >= last) return;
+    std::memset(a.d_x + last * a.channels, 0, sizeof(T) * (rows - last) * a.channels);
+    const std::int64_t unit = rows_per_unit(last - first, threads);
+    parallel_for((last - first + unit - 1) / unit, threads, [&](std::int64_t i) {
+        block.of_x(first + i * unit, std::min(last, first + (i + 1) * unit));
+    });
+}
+
+template <class T>
+void attention_backward(const AttentionBackward<T>& a, const T* keys_values_weight, const std::vector<Tile>& tiles,
+                        int threads) {
+    const PackedAttentionBackward<T> attend(a, keys_values_weight, threads);
+    parallel_for(static_cast<std::int64_t>(tiles.size()), threads,
+                 [&](std::int64_t i) { attend(tiles[static_cast<std::size_t>(i)]); });
+}
+
+// Sums of (rows, channels) over each protein, in order.
+template <class T>
+void protein_sums(const T* rows, const std::int64_t* starts, const std::int64_t* lengths, std::int64_t proteins,
+                  float* out, int channels, int threads) {
+    parallel_for(proteins, threads, [&](std::int64_t p) {
+        float* total = out + p * channels;
+        std::fill(total, total + channels, 0.0f);
+        const T* row = rows + starts[p] * channels;
+        for (std::int64_t r = 0; r < lengths[p]; ++r, row += channels)
+            for (int c = 0; c < channels; c += 16) store(total + c, load(total + c) + load(row + c));
     });
 }

@@ -1,4 +1,6 @@
+SUMS: int
 TILE: int
+UNIT: int
 
 def local_block(
     x: int,
@@ -7,8 +9,30 @@ def local_block(
     weights: list[int],
     hidden: int,
     local: int,
+    narrow: int,
+    wide: int,
     first: int,
     last: int,
+    channels: int,
+    taps: int,
+    wide_dilation: int,
+    is_bf16: bool,
+    threads: int,
+) -> None: ...
+def local_block_backward(
+    x: int,
+    broadcast: int,
+    segments: int,
+    weights: list[int],
+    narrow: int,
+    wide: int,
+    d_local: int,
+    d_hidden: int,
+    results: list[int],
+    d_x: int,
+    sums: int,
+    gap: int,
+    rows: int,
     channels: int,
     taps: int,
     wide_dilation: int,
@@ -35,6 +59,30 @@ def attention(
 ) -> None: ...
 def attention_finish(
     partials: int, slots: int, proteins: int, out: int, denominators: int, heads: int, d_value: int
+) -> None: ...
+def attention_backward(
+    local: int,
+    keys_values_weight: int,
+    query: int,
+    starts: int,
+    lengths: int,
+    slots: int,
+    proteins: int,
+    denominators: int,
+    pooled: int,
+    d_pooled: int,
+    d_keys_values: int,
+    d_local: int,
+    d_query: int,
+    channels: int,
+    heads: int,
+    d_key: int,
+    d_value: int,
+    is_bf16: bool,
+    threads: int,
+) -> None: ...
+def protein_sums(
+    rows: int, starts: int, lengths: int, proteins: int, out: int, channels: int, is_bf16: bool, threads: int
 ) -> None: ...
 def instruction_set() -> str: ...
 def shares_threads() -> bool: ...

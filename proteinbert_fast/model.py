@@ -143,10 +143,11 @@ class ProteinBert(nn.Module):
     Args:
         config: sizes; the published ones when None.
         backend: "auto" (the fastest that fits), "cpu", "triton" or "reference".
-        save: what training keeps of each block until the backward pass, with the Triton kernels: "preactivations", the
-            block's input and both convolutions' results (768 bytes per token and block in 16 bits), or "inputs", which
-            keeps the input alone (256 bytes) and computes the convolutions again. Gradients have the same bits. Each
-            block's own ``save`` may be set too. Other back ends keep inputs.
+        save: what training keeps of each block until the backward pass, with the kernels for GPUs and for CPUs:
+            "preactivations", the block's input and both convolutions' results (768 bytes per token and block in
+            16 bits), or "inputs", which keeps the input alone (256 bytes) and computes the convolutions again.
+            Gradients have the same bits. Each block's own ``save`` may be set too. The reference operations keep all
+            that autograd needs.
 
     Attributes:
         config: sizes of the model.

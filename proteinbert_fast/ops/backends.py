@@ -91,9 +91,8 @@ def _cpu_local_block(
     keep_hidden: bool = False,
     save: Save = "preactivations",
 ) -> tuple[Tensor | None, Tensor]:
-    """Saves inputs, whatever ``save`` is."""
     rows = reference.embed_tokens(*x) if isinstance(x, Embedded) else x
-    return cpu.local_block(rows, broadcast, batch, weights, wide_dilation, keep_hidden)
+    return cpu.local_block(rows, broadcast, batch, weights, wide_dilation, keep_hidden, save)
 
 
 def _reference_attention(local: Tensor, query: Tensor, batch: PackedBatch, *rest: Any) -> Attended:
