@@ -51,6 +51,7 @@ GROUPS = {
         Group("forward", "Model: forward pass, tokens to states"),
         Group("embed", "Embedding: FASTA file to HDF5 file"),
         Group("corpus", "Corpus: UniRef XML to a dataset for pretraining"),
+        Group("loader", "Loader: a corpus to batches for pretraining"),
         Group("memory", "Memory: peak while embedding one long protein"),
     )
 }

@@ -252,7 +252,8 @@ class _Proteins:
 
     def joined(self, *others: "_Proteins") -> "_Proteins":
         all_ = [p for p in (self, *others) if len(p.views)] or [self]
-        all_ = [p if len(p.order) == len(p.data) else p.compact() for p in all_]
+        # What is few of many is copied, so that the many can go.
+        all_ = [p if 2 * len(p.order) > len(p.data) else p.compact() for p in all_]
         if len(all_) == 1:
             return all_[0]
         first = np.cumsum([0] + [len(p.data) for p in all_])

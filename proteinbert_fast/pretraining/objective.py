@@ -31,33 +31,35 @@ class Task:
     terms: tuple[Tensor, Tensor]
     annotation_weights: Tensor
 
-    def to(self, device: torch.device) -> "Task":
-        """The task on a device."""
 
-        def moved(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            return pair[0].to(device, non_blocking=True), pair[1].to(device, non_blocking=True)
-
-        return Task(
-            self.noisy.to(device, non_blocking=True), self.clean.to(device, non_blocking=True), moved(self.shown),
-            moved(self.terms), self.annotation_weights.to(device, non_blocking=True),
-        )  # fmt: skip
-
-
-def make_task(batch: MicroBatch, n_terms: int, config: PretrainingConfig, hide: float | None = None) -> Task:
+def make_task(
+    batch: MicroBatch, n_terms: int, config: PretrainingConfig, device: torch.device, hide: float | None = None
+) -> Task:
     """Corrupts a batch. What happens to a protein depends on the seed and its view alone.
+
+    Tokens are corrupted on the device, terms on the host, where their number is known at once: no GPU is waited for.
 
     Args:
         batch: of a ``Loader``.
         n_terms: annotations of the model.
         config: names seed and probabilities.
+        device: that the task is for.
         hide: probability that a protein is shown without any term, in the place of the configuration's.
     """
-    noisy = corrupt_tokens(batch.tokens, batch.views, seed=config.seed, step=0, probability=config.replace_probability)
+    clean = (batch.tokens.pin_memory() if device.type == "cuda" else batch.tokens).to(device, non_blocking=True)
+    noisy = corrupt_tokens(clean, batch.views, seed=config.seed, step=0, probability=config.replace_probability)
     shown = corrupt_annotations(
         batch.terms, n_terms, batch.views, seed=config.seed, step=0, remove=config.remove_probability,
         add=config.add_probability, hide=config.hide_probability if hide is None else hide,
     )  # fmt: skip
-    return Task(noisy, batch.tokens, shown, batch.terms, batch.is_annotated.to(torch.float32))
+
+    def moved(values: Tensor) -> Tensor:
+        return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+    weights = moved(batch.is_annotated.to(torch.float32))
+    return Task(
+        noisy, clean, (moved(shown[0]), moved(shown[1])), (moved(batch.terms[0]), moved(batch.terms[1])), weights
+    )
 
 
 class Objective(nn.Module):

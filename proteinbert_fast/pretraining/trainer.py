@@ -196,8 +196,9 @@ class _Run:
 
     def _tasks(self) -> Iterator[tuple[Step, list[Task]]]:
         """Steps with their corrupted batches; runs ahead in a thread."""
+        n = self.model.config.n_annotations
         for step in self.loader.steps(self.cursor):
-            yield step, [make_task(part, self.model.config.n_annotations, self.config) for part in step.parts]
+            yield step, [make_task(part, n, self.config, self.device) for part in step.parts]
 
     def _train(self, step: Step, tasks: list[Task]) -> None:
         config = self.config
@@ -208,7 +209,7 @@ class _Run:
         for i, (part, task) in enumerate(zip(step.parts, tasks, strict=True)):
             with self._unsynced(i < len(tasks) - 1):
                 with self._autocast():
-                    tokens, annotations = self.objective(task.to(self.device))
+                    tokens, annotations = self.objective(task)
                     counts = float(part.is_real)
                     loss = tokens * (counts / over_tokens)
                     loss = loss + annotations * (counts * config.annotation_weight / over_proteins)

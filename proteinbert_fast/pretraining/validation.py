@@ -46,7 +46,7 @@ def validate(
         if number % n_ranks != rank:
             continue
         kind = np.searchsorted(limits, lengths)
-        task = make_task(batch, model.config.n_annotations, config).to(device)
+        task = make_task(batch, model.config.n_annotations, config, device)
         out = model(task.noisy, annotations=task.shown)
         inside = task.clean.segments >= 0
         segments = task.clean.segments.clamp(min=0)
