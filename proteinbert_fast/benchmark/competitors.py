@@ -4,6 +4,7 @@
 loads our weights, so its results are checked. Batches are sorted by length, and of a few sizes the fastest is taken.
 """
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -119,6 +120,37 @@ class PaddedProteinBert(nn.Module):
         for block in self.blocks:
             local, global_state = block(local, global_state, mask)
         return local, global_state
+
+
+class PaddedTraining(nn.Module):
+    """The padded model with both heads and losses, in float32.
+
+    Args:
+        model: whose weights to take, and whose device.
+        channels_last: as for ``PaddedProteinBert``.
+    """
+
+    def __init__(self, model: ProteinBert, channels_last: bool = False) -> None:
+        super().__init__()
+        model = copy.deepcopy(model)
+        self.model = PaddedProteinBert(model, channels_last).train()
+        self.token_head, self.annotation_head = model.token_head, model.annotation_head
+
+    def forward(self, tokens: Tensor, mask: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and mask (B, L) and true terms (B, N) to the means over tokens, and over proteins and terms."""
+        local, state = self.model(tokens, mask)
+        true = tokens.where(mask, -100)
+        logits = self.token_head(local).view(-1, VOCABULARY_SIZE).float()
+        entropy = F.cross_entropy(logits, true.view(-1))
+        return entropy, F.binary_cross_entropy_with_logits(self.annotation_head(state).float(), terms)
+
+    @staticmethod
+    def named(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Values by this model's names of parameters as ``ProteinBert`` names them."""
+        return {
+            name.removeprefix("model.").replace("global_input_bias", "annotation_input.bias"): value
+            for name, value in values.items()
+        }
 
 
 def padded_batches(tokens: Sequence[Tensor], batch_tokens: int) -> list[PaddedBatch]:

@@ -49,6 +49,7 @@ GROUPS = {
     for group in (
         Group("tokenizer", "Tokenizer: residues in memory to packed tokens"),
         Group("forward", "Model: forward pass, tokens to states"),
+        Group("train", "Training: one step, forward and backward, on real proteins"),
         Group("embed", "Embedding: FASTA file to HDF5 file"),
         Group("corpus", "Corpus: UniRef XML to a dataset for pretraining"),
         Group("loader", "Loader: a corpus to batches for pretraining"),

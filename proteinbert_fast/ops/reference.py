@@ -118,13 +118,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def embed_tokens(tokens: Tensor, weight: Tensor) -> Tensor:
-    """Local states of the tokens, zeros in gap rows.
+    """Local states of the tokens, zeros in gap rows. The gradient of the weight is summed in at least float32.
 
     Args:
         tokens: (R,) integers; 0..25 are tokens, 26 marks a gap row.
         weight: (26, D).
     """
-    return F.embedding(tokens.int(), F.pad(weight, (0, 0, 0, 1)))
+    # Each of 26 sums has thousands of terms: in bfloat16 it would stop growing after a few hundred.
+    wants_gradient = weight.requires_grad and torch.is_grad_enabled()
+    table = weight.to(torch.promote_types(weight.dtype, torch.float32)) if wants_gradient else weight
+    return F.embedding(tokens.int(), F.pad(table, (0, 0, 0, 1))).to(weight.dtype)
 
 
 def embed_annotations(

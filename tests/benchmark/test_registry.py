@@ -11,7 +11,7 @@ from proteinbert_fast.benchmark.cases import flops_per_token
 from proteinbert_fast.benchmark.registry import GROUPS
 from proteinbert_fast.benchmark.setup import Setup
 
-TIMED = ["tokenizer", "forward", "embed"]
+TIMED = ["tokenizer", "forward", "train", "embed"]
 
 
 def test_groups():

@@ -133,6 +133,16 @@ def test_gap_rows_embed_to_zeros():
     torch.testing.assert_close(embedded[20], random(26, D)[23])
 
 
+def test_embedding_gradients_are_summed_in_float32():
+    """One token many times: a sum in bfloat16 would stop at 256, where adding 1 rounds to nothing."""
+    weight = random(26, D).bfloat16().requires_grad_()
+    rows = reference.embed_tokens(torch.full((5000,), 3, dtype=torch.uint8), weight)
+    assert rows.dtype == torch.bfloat16
+    rows.sum(0, dtype=torch.float32).sum().backward()
+    assert (weight.grad[3] == torch.tensor(5000.0).bfloat16()).all()
+    assert not weight.grad[:3].any()
+
+
 def test_gradcheck_local_block():
     batch = batch_of(1, 4)
     inputs = [states(batch, 2), random(2, 2, seed=9), *local_weights(2)]

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from proteinbert_fast.benchmark.cases import Case, Check, Ready, Unavailable, Work, flops_per_token
-from proteinbert_fast.benchmark.competitors import PaddedProteinBert, padded_batches
+from proteinbert_fast.benchmark.competitors import PaddedTraining, padded_batches
 from proteinbert_fast.benchmark.gpu.bench import Bench
 from proteinbert_fast.benchmark.gpu.sections.forward import Sample, fastest, ratio, sample, to_device, waste
 from proteinbert_fast.benchmark.gpu.sections.machine import matrix_probes
 from proteinbert_fast.benchmark.setup import OURS, PLAIN
 from proteinbert_fast.benchmark.timing import Row, Target, percentiles
-from proteinbert_fast.config import VOCABULARY_SIZE
 from proteinbert_fast.model import ProteinBert
 from proteinbert_fast.ops.backends import Save
 from proteinbert_fast.packing import PackedBatch, batches_by_tokens
@@ -204,22 +202,6 @@ def _gradients(bench: Bench, model: ProteinBert, backend: str, save: Save) -> di
     return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
 
 
-class _Trained(nn.Module):
-    """The padded model with both heads and losses."""
-
-    def __init__(self, bench: Bench) -> None:
-        super().__init__()
-        model = copy.deepcopy(bench.setup.model).to(bench.device)
-        self.model = PaddedProteinBert(model, channels_last=True).train()
-        self.token_head, self.annotation_head = model.token_head, model.annotation_head
-
-    def forward(self, tokens: Tensor, mask: Tensor, terms: Tensor) -> Tensor:
-        local, state = self.model(tokens, mask)
-        true = tokens.where(mask, -100)
-        entropy = F.cross_entropy(self.token_head(local).view(-1, VOCABULARY_SIZE).float(), true.view(-1))
-        return entropy + F.binary_cross_entropy_with_logits(self.annotation_head(state).float(), terms)
-
-
 def _padded(bench: Bench, chosen: Sample, name: str) -> Case:
     def prepare() -> Ready[float]:
         data = _data(bench, chosen)
@@ -227,14 +209,14 @@ def _padded(bench: Bench, chosen: Sample, name: str) -> Case:
             raise Unavailable(f"out of time to compile: {bench.seconds:.0f} s had passed")
         torch.backends.cudnn.benchmark = True
         with torch.inference_mode(False):
-            model = _Trained(bench)
+            model = PaddedTraining(copy.deepcopy(bench.setup.model).to(bench.device), channels_last=True)
         tokens = [bench.setup.tokens[i] for i in data.numbers]
         longest = max(map(len, tokens))
         (batch,) = to_device(padded_batches(tokens, longest * len(tokens)), bench.device)
         places = torch.tensor(batch.numbers, device=bench.device)
         terms = data.terms[places].float()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=bench.on_gpu)
-        step: Callable[..., Tensor] = model
+        step: Callable[..., tuple[Tensor, Tensor]] = model
         note = f"one batch, {waste([batch])}, weights in float32 under autocast, AdamW"
         if name == COMPILED:
             options = {key: value for key, value in bench.settings.compile_options.items() if key != "mode"}
@@ -244,7 +226,8 @@ def _padded(bench: Bench, chosen: Sample, name: str) -> Case:
         def run() -> float:
             optimizer.zero_grad()
             with torch.autocast(bench.device.type, _DTYPE):
-                loss = step(batch.tokens.where(batch.mask, PAD), batch.mask, terms)
+                token, annotation = step(batch.tokens.where(batch.mask, PAD), batch.mask, terms)
+                loss = token + annotation
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             return loss.detach()  # type: ignore[return-value]
