@@ -124,10 +124,7 @@ def embed_tokens(tokens: Tensor, weight: Tensor) -> Tensor:
         tokens: (R,) integers; 0..25 are tokens, 26 marks a gap row.
         weight: (26, D).
     """
-    # Each of 26 sums has thousands of terms: in bfloat16 it would stop growing after a few hundred.
-    wants_gradient = weight.requires_grad and torch.is_grad_enabled()
-    table = weight.to(torch.promote_types(weight.dtype, torch.float32)) if wants_gradient else weight
-    return F.embedding(tokens.int(), F.pad(table, (0, 0, 0, 1))).to(weight.dtype)
+    return _looked_up(tokens.int(), weight, 0.0)
 
 
 def embed_annotations(
@@ -207,15 +204,22 @@ def local_block(
 def of_each_row(values: Tensor, segments: Tensor, in_gaps: float = 0.0) -> Tensor:
     """(R, C): of (B, C) values, those of each row's protein.
 
-    A look-up, because the gradient of indexing is summed in no fixed order, on CPUs too.
+    A look-up, because the gradient of indexing is summed in no fixed order, on CPUs too. In at least float32.
 
     Args:
         values: (B, C).
         segments: (R,) integers, the protein of each row, -1 in gap rows.
         in_gaps: what gap rows get.
     """
-    padded = F.pad(values, (0, 0, 0, 1), value=in_gaps)
-    return F.embedding(segments.where(segments >= 0, values.shape[0]), padded)
+    return _looked_up(segments.where(segments >= 0, values.shape[0]), values, in_gaps)
+
+
+def _looked_up(index: Tensor, values: Tensor, beyond: float) -> Tensor:
+    """Rows of (B, C) values by number, ``beyond`` for number B."""
+    # A row's gradient may have thousands of terms: their sum in bfloat16 would stop growing after a few hundred.
+    wants_gradient = values.requires_grad and torch.is_grad_enabled()
+    table = values.to(torch.promote_types(values.dtype, torch.float32)) if wants_gradient else values
+    return F.embedding(index, F.pad(table, (0, 0, 0, 1), value=beyond)).to(values.dtype)
 
 
 def sum_by_protein(rows: Tensor, segments: Tensor, n_proteins: int) -> Tensor:
