@@ -9,7 +9,7 @@ the usual LAMBs leave out the bias correction, clip, or spare biases and norms.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -152,8 +152,26 @@ class Lamb(_Moments):
             torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
         sizes, steps = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(updates))
         ratios = (sizes / steps).where((sizes > 0) & (steps > 0), 1.0)
-        torch._foreach_mul_(updates, list(ratios.unbind()))
+        del roots
+        factors = _spread(ratios, updates) if ratios.is_cuda else ratios.unbind()
+        torch._foreach_mul_(updates, factors)
         torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+
+_ROW = 1024  # numbers
+
+
+def _spread(numbers: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """One number for each tensor as tensors of their shapes, made in a few launches.
+
+    On a GPU, ``_foreach`` operations take all tensors at once only where those of a pair are alike in shape; with
+    numbers as they are, each tensor would have a launch of its own.
+    """
+    rows = [-(-t.numel() // _ROW) for t in like]
+    counts = torch.tensor(rows, device=numbers.device)
+    of_rows = numbers.repeat_interleave(counts, output_size=sum(rows))
+    parts = torch.split(of_rows[:, None].expand(-1, _ROW).contiguous(), rows)
+    return tuple(part.view(-1)[: t.numel()].view(t.shape) for part, t in zip(parts, like, strict=True))
 
 
 class KerasAdam(_Moments):

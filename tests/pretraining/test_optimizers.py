@@ -12,6 +12,7 @@ from proteinbert_fast import ProteinBert
 from proteinbert_fast.checkpoints import read_official, write_official
 from proteinbert_fast.checkpoints.layouts import weight_layouts
 from proteinbert_fast.errors import InputError, NonFiniteError
+from proteinbert_fast.pretraining import optimizers
 from proteinbert_fast.pretraining.optimizers import (
     KerasAdam,
     Lamb,
@@ -29,7 +30,7 @@ BOTH = pytest.mark.parametrize("kind", [Lamb, KerasAdam])
 
 @pytest.mark.parametrize(("name", "kind"), [("lamb", Lamb), ("adam", KerasAdam)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_three_steps_equal_the_original(tiny_model, golden, name, kind, dtype):
+def test_golden_three_steps(tiny_model, golden, name, kind, dtype):
     """Losses before each step, and the change of all 53 weights after each."""
     tiny_model.backend = "reference"
     model = tiny_model.to(dtype)
@@ -122,6 +123,20 @@ def test_resumed_from_a_state_dict_the_steps_are_the_same_bits(kind, small_model
     steps(small_model, optimizer, gradients[2:])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), small_model.parameters(), strict=True))
     assert str(resumed.state_dict()["param_groups"]) == str(optimizer.state_dict()["param_groups"])
+
+
+def test_trust_ratios_on_a_gpu_are_tensors_like_those_they_scale():
+    """Then one launch scales many; the numbers are those of the plain form."""
+    torch.manual_seed(0)
+    updates = [torch.randn(shape) for shape in [(3, 5), (1024,), (1025,), (0, 4), (), (700, 3, 2)]]
+    ratios = torch.rand(len(updates))
+    spread = optimizers._spread(ratios, updates)
+    for number, found, update in zip(ratios, spread, updates, strict=True):
+        assert (found == number).all()
+        assert (found.shape, found.stride()) == (update.shape, update.stride())
+    expected = [u * r for u, r in zip(updates, ratios, strict=True)]
+    torch._foreach_mul_(updates, spread)
+    assert all(torch.equal(a, b) for a, b in zip(updates, expected, strict=True))
 
 
 @BOTH
