@@ -88,8 +88,13 @@ embed: $(VENV)/.base
 	@$(if $(MODEL),,echo "==> NO TRAINED WEIGHTS come with this package yet: random ones show how it runs. 'make embed MODEL=proteinbert' fetches the official ones.")
 	$(BIN)/proteinbert-fast embed $(FASTA) --output $(OUT) --overwrite $(if $(MODEL),--model $(MODEL),--untrained)
 
+# On all cores (at most 8: each process holds PyTorch), one thread each: threads of several processes would wait for
+# each other. What must not depend on threads asks for its own.
+IN_PARALLEL := OMP_NUM_THREADS=1 PYTEST_XDIST_AUTO_NUM_WORKERS=$(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+ALL_CORES := --numprocesses auto --dist loadfile
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(IN_PARALLEL) $(BIN)/python -m pytest $(ALL_CORES) $(PYTEST_ARGS)
 
 # Without a GPU, in Triton's interpreter, with the newest Triton and the oldest supported, each in a folder of its own.
 # The last of them goes through everything, the others through all kernels on fewer inputs. What is more than kernels and
@@ -166,7 +171,7 @@ wheel-test: $(VENV)/.dev
 	"$$temp/venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(echo dist/*.whl)[test]"; \
 	cd "$$temp/tree"; \
 	"$$temp/venv/bin/python" -c 'import proteinbert_fast; print("==> testing", proteinbert_fast.__file__)'; \
-	"$$temp/venv/bin/python" -m pytest -m "not slow" tests/test_*.py tests/cli tests/ops $(PYTEST_ARGS)
+	$(IN_PARALLEL) "$$temp/venv/bin/python" -m pytest $(ALL_CORES) -m "not slow" tests/test_*.py tests/cli tests/ops $(PYTEST_ARGS)
 
 clean:
 	rm -rf .venv pretrain-demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks embeddings.h5*

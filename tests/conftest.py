@@ -83,6 +83,15 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
+def two_threads():
+    """More than one thread, whatever the environment says: for what must not depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def poisoned_memory():
     """Fills uninitialised tensors with NaN, so that a row that nobody wrote shows."""
     before = torch.are_deterministic_algorithms_enabled()

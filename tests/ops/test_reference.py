@@ -173,6 +173,7 @@ def test_convolution_is_torch_conv1d():
         torch.testing.assert_close(reference.convolution(x, weight, bias, dilation), expected)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_gradients_are_summed_in_one_order():
     """Of what many rows share: the same bits every time, however many threads there are."""
     segments = torch.arange(3).repeat_interleave(20_000).int()
