@@ -6,6 +6,7 @@
 #   make test-kernels compile-gate   the GPU kernels in Triton's interpreter; compiled for GPUs that are not here
 #   make wheel-test   build sdist and wheel, run a part of the suite against the installed wheel
 #   make sanitize     on a GPU: bad memory accesses and races in the kernels, with NVIDIA's compute-sanitizer
+#   make pretrain-demo   a corpus of 2,000 real proteins, a small model trained on it, its curves: a few minutes
 #   make bench        speed and memory, beside others   (BENCH_ARGS="--quick" for a first look)
 #   make dev          the environment with every development tool
 #   make clean        remove the environment and whatever was built
@@ -20,13 +21,14 @@ OUT ?= embeddings.h5
 MODEL ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+DEMO ?= pretrain-demo
 TRITONS ?= 3.9.0 3.6.0
 
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt proteinbert_fast/_version.py $(wildcard csrc/*)
 
-.PHONY: help embed test test-kernels test-kernel-tools compile-gate sanitize lint types wheel-test bench dev clean
+.PHONY: help embed test test-kernels test-kernel-tools compile-gate sanitize lint types wheel-test pretrain-demo bench dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -86,8 +88,13 @@ embed: $(VENV)/.base
 	@$(if $(MODEL),,echo "==> NO TRAINED WEIGHTS come with this package yet: random ones show how it runs. 'make embed MODEL=proteinbert' fetches the official ones.")
 	$(BIN)/proteinbert-fast embed $(FASTA) --output $(OUT) --overwrite $(if $(MODEL),--model $(MODEL),--untrained)
 
+# On all cores (at most 8: each process holds PyTorch), one thread each: threads of several processes would wait for
+# each other. What must not depend on threads asks for its own.
+IN_PARALLEL := OMP_NUM_THREADS=1 PYTEST_XDIST_AUTO_NUM_WORKERS=$(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+ALL_CORES := --numprocesses auto --dist loadfile
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(IN_PARALLEL) $(BIN)/python -m pytest $(ALL_CORES) $(PYTEST_ARGS)
 
 # Without a GPU, in Triton's interpreter, with the newest Triton and the oldest supported, each in a folder of its own.
 # The last of them goes through everything, the others through all kernels on fewer inputs. What is more than kernels and
@@ -132,6 +139,17 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+# Run again, it goes on where it was interrupted; it begins anew when $(DEMO)/ is removed.
+DEMO_DATA := tests/data/pretraining
+
+pretrain-demo: $(VENV)/.dev
+	@mkdir -p $(DEMO)
+	$(BIN)/proteinbert-fast build-corpus $(DEMO_DATA)/proteins.fasta.gz -o $(DEMO)/corpus.h5 --annotations $(DEMO_DATA)/go_terms.tsv.gz \
+		--ontology $(DEMO_DATA)/go.obo.gz --min-count 20 --validation 0.1 --resume
+	$(BIN)/proteinbert-fast pretrain $(DEMO)/corpus.h5 -o $(DEMO)/run --config $(DEMO_DATA)/demo.toml --resume
+	$(BIN)/proteinbert-fast plot-pretraining $(DEMO)/run -o $(DEMO)/curves.png
+	@echo "==> look at $(DEMO)/curves.png; the model is in $(DEMO)/run/model"
+
 bench: $(VENV)/.dev
 	$(BIN)/proteinbert-fast bench $(BENCH_ARGS)
 
@@ -153,9 +171,9 @@ wheel-test: $(VENV)/.dev
 	"$$temp/venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(echo dist/*.whl)[test]"; \
 	cd "$$temp/tree"; \
 	"$$temp/venv/bin/python" -c 'import proteinbert_fast; print("==> testing", proteinbert_fast.__file__)'; \
-	"$$temp/venv/bin/python" -m pytest -m "not slow" tests/test_*.py tests/cli tests/ops $(PYTEST_ARGS)
+	$(IN_PARALLEL) "$$temp/venv/bin/python" -m pytest $(ALL_CORES) -m "not slow" tests/test_*.py tests/cli tests/ops $(PYTEST_ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks embeddings.h5*
+	rm -rf .venv pretrain-demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks embeddings.h5*
 	find proteinbert_fast benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 	find proteinbert_fast -name '*.so' -delete

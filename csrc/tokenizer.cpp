@@ -563,6 +563,47 @@ py::tuple windows(py::handle sequences, int64_t length, uint64_t seed, std::opti
   return pack_records(records, gap, threads, find_kernel(kernel), &window);
 }
 
+using Int64s = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+
+// Rows of proteins that are tokens already, as a corpus keeps them: without START and END, one behind the other.
+py::tuple pack_tokens(const py::array_t<uint8_t, py::array::c_style>& tokens, const Int64s& offsets,
+                      const Int64s& order, const Int64s& starts, const Int64s& sizes, int64_t gap) {
+  const int64_t n = order.size(), n_given = offsets.size() - 1, n_tokens = tokens.size();
+  if (starts.size() != n || sizes.size() != n || gap < 0) throw py::value_error("pack_tokens: sizes do not fit");
+  Int64s first_rows(n);
+  int64_t* const first_row = first_rows.mutable_data();
+  int64_t n_rows = gap;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t protein = order.data()[i], start = starts.data()[i], size = sizes.data()[i];
+    if (protein < 0 || protein >= n_given) throw py::value_error("pack_tokens: there is no such protein");
+    const int64_t begin = offsets.data()[protein], end = offsets.data()[protein + 1];
+    if (begin < 0 || end < begin || end > n_tokens) throw py::value_error("pack_tokens: offsets are not of these tokens");
+    if (start < 0 || size < 1 || size > end - begin + 2 - start) throw py::value_error("pack_tokens: not a window");
+    first_row[i] = n_rows;
+    n_rows += size + gap;
+  }
+  py::array_t<uint8_t> packed(n_rows);
+  uint8_t* const rows = packed.mutable_data();
+  {
+    const py::gil_scoped_release release;
+    std::memset(rows, kGap, static_cast<size_t>(gap));
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t protein = order.data()[i], start = starts.data()[i], size = sizes.data()[i];
+      const int64_t begin = offsets.data()[protein], n_residues = offsets.data()[protein + 1] - begin;
+      uint8_t* row = rows + first_row[i];
+      uint8_t* const stop = row + size;
+      if (start == 0) *row++ = kStart;
+      const int64_t skipped = start == 0 ? 0 : start - 1;
+      const int64_t copied = std::min<int64_t>(stop - row, n_residues - skipped);
+      std::memcpy(row, tokens.data() + begin + skipped, static_cast<size_t>(copied));
+      row += copied;
+      if (row < stop) *row++ = kEnd;
+      std::memset(row, kGap, static_cast<size_t>(gap));
+    }
+  }
+  return py::make_tuple(packed, first_rows);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_tokenizer, m) {
@@ -578,4 +619,6 @@ PYBIND11_MODULE(_tokenizer, m) {
   m.def("pack", &pack, py::arg("sequences"), py::arg("gap"), py::arg("threads"), py::arg("kernel") = "");
   m.def("windows", &windows, py::arg("sequences"), py::arg("length"), py::arg("seed"), py::arg("indices"),
         py::arg("gap"), py::arg("threads"), py::arg("kernel") = "");
+  m.def("pack_tokens", &pack_tokens, py::arg("tokens"), py::arg("offsets"), py::arg("order"), py::arg("starts"),
+        py::arg("sizes"), py::arg("gap"));
 }

@@ -26,3 +26,11 @@ def windows(
     threads: int,
     kernel: str = "",
 ) -> Packed: ...
+def pack_tokens(
+    tokens: npt.NDArray[np.uint8],
+    offsets: npt.NDArray[np.int64],
+    order: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    sizes: npt.NDArray[np.int64],
+    gap: int,
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]: ...

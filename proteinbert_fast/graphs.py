@@ -9,7 +9,7 @@ from torch import Tensor
 
 from proteinbert_fast._tokenizer import GAP
 from proteinbert_fast.errors import BackendError
-from proteinbert_fast.model import Annotations, ProteinBert
+from proteinbert_fast.model import Annotations, AttentionReader, ProteinBert
 from proteinbert_fast.outputs import ProteinBertOutput
 from proteinbert_fast.packing import PackedBatch
 
@@ -68,7 +68,7 @@ class GraphedForward:
         annotations: Annotations | None = None,
         *,
         hidden_states: bool = False,
-        attentions: bool = False,
+        attentions: bool | AttentionReader = False,
     ) -> ProteinBertOutput:
         """As ``ProteinBert.forward`` on a PackedBatch, which may still lie on the CPU.
 
@@ -76,10 +76,11 @@ class GraphedForward:
             batch: the proteins.
             annotations: as for the model; with them, no graph is used.
             hidden_states: keep the states after every norm of every block.
-            attentions: keep the attention weights.
+            attentions: as for the model; with what reads them, no graph is used.
         """
         device = self.model.token_embedding.weight.device
-        if annotations is not None or batch.n_rows > MOST_ROWS or not 0 < len(batch) <= MOST_PROTEINS:
+        is_small = batch.n_rows <= MOST_ROWS and 0 < len(batch) <= MOST_PROTEINS
+        if annotations is not None or callable(attentions) or not is_small:
             with torch.no_grad():
                 return self._run(batch.to(device), annotations, hidden_states, attentions)
         rows = -(-batch.n_rows // ROWS) * ROWS
@@ -101,7 +102,11 @@ class GraphedForward:
             return _part_of(graph.out, batch, device)
 
     def _run(
-        self, batch: PackedBatch, annotations: Annotations | None, hidden_states: bool, attentions: bool
+        self,
+        batch: PackedBatch,
+        annotations: Annotations | None,
+        hidden_states: bool,
+        attentions: bool | AttentionReader,
     ) -> ProteinBertOutput:
         out = self.model(batch, annotations, hidden_states=hidden_states, attentions=attentions)
         assert isinstance(out, ProteinBertOutput)

@@ -6,7 +6,8 @@ and tells the local track of the next block what the global track has become.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from proteinbert_fast.checkpoints import GoTerm
 
 Annotations = Tensor | tuple[Tensor, Tensor]
+# Called with the block, the protein and its weights (length, n_heads).
+AttentionReader = Callable[[int, int, Tensor], object]
+
+_ROWS_READ = 16_384  # whose attention weights are in memory at a time when they are read, not kept
 
 
 class AnnotationInput(nn.Module):
@@ -135,6 +140,35 @@ class Block(nn.Module):
             local, global_state, message, batch, self.global_weights(), following, self.n_heads, return_attention
         )
         return hidden, local, track
+
+    @torch.no_grad()
+    def read_attention(
+        self,
+        read: Callable[[int, Tensor], object],
+        local: Tensor,
+        global_state: Tensor,
+        message: Message,
+        parts: Iterable[tuple[int, slice, PackedBatch]],
+        operations: Operations,
+    ) -> None:
+        """Attention weights of a few proteins at a time, from a second run of the global track over their rows.
+
+        Args:
+            read: called with each protein and its weights (length, n_heads).
+            local: (R, D), the block's new local states.
+            global_state: (B, G), from before the block.
+            message: what this block heard of them.
+            parts: as ``PackedBatch.parts`` gives them.
+            operations: the back end.
+        """
+        for first, rows, part in parts:
+            chosen = slice(first, first + len(part))
+            heard = Message(message.query[chosen], message.broadcast[chosen])
+            track = operations.global_track(
+                local[rows], global_state[chosen], heard, part, self.global_weights(), None, self.n_heads, True
+            )
+            for protein, weights in enumerate(part.unpack(cast(Tensor, track.attention)), first):
+                read(protein, weights)
 
 
 class ProteinBert(nn.Module):
@@ -278,7 +312,7 @@ class ProteinBert(nn.Module):
         lengths: Tensor | Sequence[int] | None = None,
         mask: Tensor | None = None,
         hidden_states: bool = False,
-        attentions: bool = False,
+        attentions: bool | AttentionReader = False,
     ) -> ProteinBertOutput | PaddedOutput:
         """Runs the model.
 
@@ -290,7 +324,9 @@ class ProteinBert(nn.Module):
             lengths: tokens of each row of a padded tensor.
             mask: true at the tokens of each row of a padded tensor.
             hidden_states: keep the states after every norm of every block.
-            attentions: keep the attention weights.
+            attentions: keep the attention weights; or what reads them, ``attentions(block, protein, weights)`` with
+                weights (length, n_heads), block by block and protein by protein, so that none are kept. It may keep
+                copies; weights that it is given are views. They carry no gradients.
 
         Returns:
             ProteinBertOutput for a PackedBatch, PaddedOutput for a padded tensor.
@@ -307,7 +343,11 @@ class ProteinBert(nn.Module):
         return self._forward(batch, annotations, hidden_states, attentions)
 
     def _forward(
-        self, batch: PackedBatch, annotations: Annotations | None, hidden_states: bool, attentions: bool
+        self,
+        batch: PackedBatch,
+        annotations: Annotations | None,
+        hidden_states: bool,
+        attentions: bool | AttentionReader,
     ) -> ProteinBertOutput:
         if batch.gap < self.config.reach:
             raise InputError(
@@ -328,16 +368,20 @@ class ProteinBert(nn.Module):
         # Each block's global track also makes what the next block hears of it: one kernel then does all that.
         heard = [block.message_weights() for block in blocks]
         message, local, mean = operations.message(global_state, heard[0]), None, None
-        for block, following in zip(blocks, [*heard[1:], None], strict=True):
+        keep = not callable(attentions) and attentions
+        parts = list(batch.parts(_ROWS_READ)) if callable(attentions) else []
+        for i, (block, following) in enumerate(zip(blocks, [*heard[1:], None], strict=True)):
             hidden_local, local, track = block(
                 embedded if local is None else local,
-                global_state, message, batch, operations, following, hidden_states, attentions,
+                global_state, message, batch, operations, following, hidden_states, keep,
             )  # fmt: skip
+            if callable(attentions):
+                block.read_attention(partial(attentions, i), local, global_state, message, parts, operations)
             global_state, message, mean = track.global_state, track.message, track.residue_mean
             if hidden_states:
                 local_layers += [hidden_local, local]
                 global_layers += [track.hidden, global_state]
-            if attentions:
+            if keep:
                 attention_layers.append(track.attention)
         return ProteinBertOutput(
             batch=batch,
@@ -345,7 +389,7 @@ class ProteinBert(nn.Module):
             global_state=global_state,
             hidden_local=tuple(local_layers) if hidden_states else None,
             hidden_global=tuple(global_layers) if hidden_states else None,
-            attentions=tuple(attention_layers) if attentions else None,
+            attentions=tuple(attention_layers) if keep else None,
             local_mean=mean,
             heads=Heads(
                 self._head(

@@ -12,7 +12,7 @@ The layout follows from the lengths and the gap alone, and both are always known
 waits for a GPU, except for the checks of token values that lie on one (each says so).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -323,6 +323,19 @@ class PackedBatch:
             raise IndexError(f"proteins are chosen by an int, a slice or a list of integers, not {index!r}")
         # numpy checks the range, resolves negative numbers and reads masks.
         return self._gathered(np.arange(len(self))[chosen])
+
+    def parts(self, n_rows: int) -> Iterator[tuple[int, slice, "PackedBatch"]]:
+        """Views of neighbouring proteins, as many at a time as fit into ``n_rows`` rows, but at least one.
+
+        Yields:
+            The first of the proteins, where their rows lie, and the batch of them.
+        """
+        ends, first = self.host_starts + self.host_lengths + self.gap, 0
+        while first < len(self):
+            start = int(self.host_starts[first]) - self.gap
+            stop = max(int(np.searchsorted(ends, start + n_rows, side="right")), first + 1)
+            yield first, slice(start, int(ends[stop - 1])), self._neighbours(first, stop)
+            first = stop
 
     def _neighbours(self, first: int, stop: int) -> "PackedBatch":
         if first == stop:

@@ -48,6 +48,23 @@ def real_sequences() -> list[str]:
     return [line.split("\t")[-1] for line in lines]
 
 
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of 200 real proteins, a fifth of them for validation, some without any GO term."""
+    pytest.importorskip("fastobo")
+    from proteinbert_fast.data.corpus import build_corpus
+
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = [line.split("\t") for line in (DATA / "swissprot_200.tsv").read_text().splitlines()[1:]]
+    (folder / "proteins.fasta").write_text("".join(f">{row[0]}\n{row[4]}\n" for row in rows))
+    (folder / "terms.tsv").write_text("".join(f"{row[0]}\t{';'.join(row[1:4])}\n" for row in rows[:150]))
+    build_corpus(
+        [folder / "proteins.fasta"], folder / "corpus.h5", annotations=[folder / "terms.tsv"],
+        ontology=DATA / "corpus" / "go_2013_part.obo.gz", min_count=3, validation=0.2, progress=False,
+    )  # fmt: skip
+    return folder / "corpus.h5"
+
+
 @pytest.fixture
 def small_config() -> ProteinBertConfig:
     """Sizes that the CPU kernels take and that run in milliseconds."""
@@ -63,6 +80,15 @@ def small_model(small_config: ProteinBertConfig) -> ProteinBert:
 @pytest.fixture
 def tokenizer() -> Tokenizer:
     return Tokenizer()
+
+
+@pytest.fixture
+def two_threads():
+    """More than one thread, whatever the environment says: for what must not depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """ProteinBert as an ordinary nn.Module: call forms, shapes, copying, compiling, mixed precision, errors."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -79,6 +80,79 @@ def test_what_was_not_asked_for_is_not_kept(small_model, tokenizer):
         out.original_local(0)
     with pytest.raises(InputError, match="hidden_states=True"):
         out.original_global()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("cpu", "float32"), ("cpu", "bfloat16"), ("reference", "float64")])
+def test_attention_weights_are_read_in_parts(small_model, tokenizer, monkeypatch, backend, dtype):
+    """With parts of 70 rows; the long protein is one of its own."""
+    monkeypatch.setattr("proteinbert_fast.model._ROWS_READ", 70)
+    small_model.backend = backend
+    model, sequences = small_model.to(getattr(torch, dtype)), ["M", "MK", *SEQUENCES, "MKTAYIAKQR" * 20, "MSDN"]
+    batch, read = tokenizer(sequences), {}
+    assert [first for first, _, _ in batch.parts(70)] == [0, 2, 3, 5, 6, 7]
+    with torch.no_grad():
+        plain = model(batch, attentions=True)
+    model(batch, attentions=lambda block, protein, weights: read.update({(block, protein): weights}))
+    assert list(read) == [(block, protein) for block in range(2) for protein in range(len(sequences))]
+    for block, attention in enumerate(plain.attentions):
+        for protein, weights in enumerate(batch.unpack(attention)):
+            assert not read[block, protein].requires_grad
+            if backend == "cpu":
+                assert torch.equal(read[block, protein], weights)
+            torch.testing.assert_close(read[block, protein], weights)
+
+
+def test_reading_attention_weights_leaves_the_answer_alone(small_model, tokenizer):
+    batch, lengths = tokenizer(SEQUENCES), []
+
+    def gradients(**wanted):
+        small_model.zero_grad()
+        out = small_model(batch, **wanted)
+        assert out.attentions is None
+        out.global_state.square().sum().backward()
+        return [out.global_state.detach(), *(p.grad for p in small_model.blocks.parameters())]
+
+    plain, reading = gradients(), gradients(attentions=lambda *_: None)
+    assert all(torch.equal(a, b) for a, b in zip(plain, reading, strict=True))
+    with torch.no_grad():
+        out = small_model(batch.to_padded(), lengths=batch.lengths, attentions=lambda *a: lengths.append(a[2].shape))
+    assert out.attentions is None
+    assert lengths == [(52, 4), (2, 4), (3, 4), (21, 4)] * 2
+    small_model(tokenizer([]), attentions=lambda *_: pytest.fail("no protein"))
+
+
+MEMORY = """
+import torch
+from proteinbert_fast import ProteinBert, ProteinBertConfig, Tokenizer
+from proteinbert_fast.benchmark.peak import peak_bytes
+
+torch.manual_seed(0)
+sizes = dict(d_local=16, d_global=128, n_blocks=8, n_heads=8, d_key=16, kernel_size=3)
+model = ProteinBert(ProteinBertConfig(n_annotations=3, **sizes))
+batch = Tokenizer(gap=5)(["MKTAYIAKQR" * 50] * 400)
+
+
+def peak(attentions):
+    with torch.inference_mode():
+        model(batch, attentions=attentions)
+    return peak_bytes()
+
+
+print(batch.n_rows * 8 * 8 * 4, peak(False), peak(lambda *_: None), peak(True))
+"""
+
+
+@pytest.mark.slow
+def test_attention_weights_that_are_read_need_no_memory():
+    # What is freed is given back, so that peaks count what is in use.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MEMORY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.stderr == ""
+    kept, without, reading, keeping = map(int, done.stdout.split())
+    assert keeping - reading > 0.8 * kept, (without, reading, keeping)
+    # Of 16,384 rows at a time: a block's weights, and what the second run of its global track works with.
+    assert reading - without < 0.1 * kept, (without, reading, keeping)
 
 
 def test_padded_tensor_is_taken_literally_without_lengths(small_model, tokenizer):

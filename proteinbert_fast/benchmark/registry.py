@@ -52,6 +52,7 @@ GROUPS = {
         Group("train", "Training: one step, forward and backward, on real proteins"),
         Group("embed", "Embedding: FASTA file to HDF5 file"),
         Group("corpus", "Corpus: UniRef XML to a dataset for pretraining"),
+        Group("loader", "Loader: a corpus to batches for pretraining"),
         Group("memory", "Memory: peak while embedding one long protein"),
     )
 }

@@ -31,6 +31,8 @@ COMMANDS = {
         "build a corpus from UniRef, UniProtKB or FASTA files",
     ),
     "corpus": ("proteinbert_fast.cli.corpus", "look at a corpus, or check it"),
+    "pretrain": ("proteinbert_fast.cli.pretrain", "pretrain a model on a corpus"),
+    "plot-pretraining": ("proteinbert_fast.cli.plot_pretraining", "draw the losses of a pretraining run"),
     "convert": ("proteinbert_fast.cli.convert", "convert checkpoints from and to the original's pickle"),
     "doctor": ("proteinbert_fast.cli.doctor", "show versions, devices and back ends, and run a self-check"),
     "bench": ("proteinbert_fast.cli.bench", "measure speed and memory on this machine"),

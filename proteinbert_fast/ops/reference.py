@@ -124,10 +124,7 @@ def embed_tokens(tokens: Tensor, weight: Tensor) -> Tensor:
         tokens: (R,) integers; 0..25 are tokens, 26 marks a gap row.
         weight: (26, D).
     """
-    # Each of 26 sums has thousands of terms: in bfloat16 it would stop growing after a few hundred.
-    wants_gradient = weight.requires_grad and torch.is_grad_enabled()
-    table = weight.to(torch.promote_types(weight.dtype, torch.float32)) if wants_gradient else weight
-    return F.embedding(tokens.int(), F.pad(table, (0, 0, 0, 1))).to(weight.dtype)
+    return _looked_up(tokens.int(), weight, 0.0)
 
 
 def embed_annotations(
@@ -194,8 +191,7 @@ def local_block(
         wide_dilation: rows between the taps of the wide convolution.
     """
     inside = (segments >= 0).unsqueeze(-1)
-    # Index -1 reads the zero row that is appended for gaps.
-    broadcast = F.pad(broadcast, (0, 0, 0, 1))[segments]
+    broadcast = of_each_row(broadcast, segments)
     narrow = gelu(convolution(x, weights.narrow_weight, weights.narrow_bias))
     wide = gelu(convolution(x, weights.wide_weight, weights.wide_bias, wide_dilation))
     hidden = layer_norm(x + broadcast + narrow + wide, weights.norm1_weight, weights.norm1_bias)
@@ -203,6 +199,27 @@ def local_block(
     dense = gelu(F.linear(hidden, weights.dense_weight, weights.dense_bias))
     local = layer_norm(hidden + dense, weights.norm2_weight, weights.norm2_bias)
     return LocalStates(hidden, local.where(inside, 0))
+
+
+def of_each_row(values: Tensor, segments: Tensor, in_gaps: float = 0.0) -> Tensor:
+    """(R, C): of (B, C) values, those of each row's protein.
+
+    A look-up, because the gradient of indexing is summed in no fixed order, on CPUs too. In at least float32.
+
+    Args:
+        values: (B, C).
+        segments: (R,) integers, the protein of each row, -1 in gap rows.
+        in_gaps: what gap rows get.
+    """
+    return _looked_up(segments.where(segments >= 0, values.shape[0]), values, in_gaps)
+
+
+def _looked_up(index: Tensor, values: Tensor, beyond: float) -> Tensor:
+    """Rows of (B, C) values by number, ``beyond`` for number B."""
+    # A row's gradient may have thousands of terms: their sum in bfloat16 would stop growing after a few hundred.
+    wants_gradient = values.requires_grad and torch.is_grad_enabled()
+    table = values.to(torch.promote_types(values.dtype, torch.float32)) if wants_gradient else values
+    return F.embedding(index, F.pad(table, (0, 0, 0, 1), value=beyond)).to(values.dtype)
 
 
 def sum_by_protein(rows: Tensor, segments: Tensor, n_proteins: int) -> Tensor:
@@ -240,7 +257,7 @@ def global_attention(
     keys = _by_head(torch.tanh(F.linear(local, key_weight)), n_heads)
     values = _by_head(gelu(F.linear(local, value_weight)), n_heads)
     accumulate = torch.promote_types(keys.dtype, torch.float32)
-    query_of_row = _by_head(F.pad(query, (0, 0, 0, 1))[segments], n_heads)
+    query_of_row = _by_head(of_each_row(query, segments), n_heads)
     logits = (query_of_row.to(accumulate) * keys).sum(-1) / math.sqrt(keys.shape[-1])
     e = logits.exp()
     numerator = sum_by_protein((e.unsqueeze(-1) * values).flatten(1), segments, n_proteins)
@@ -248,7 +265,7 @@ def global_attention(
     pooled = (_by_head(numerator, n_heads) / denominator.unsqueeze(-1)).flatten(1)
     weights = None
     if return_weights:
-        weights = (e / F.pad(denominator, (0, 0, 0, 1), value=1.0)[segments]).where((segments >= 0).unsqueeze(-1), 0)
+        weights = (e / of_each_row(denominator, segments, 1.0)).where((segments >= 0).unsqueeze(-1), 0)
     return Attended(pooled.to(local.dtype), weights)
 
 

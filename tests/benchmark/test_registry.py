@@ -15,7 +15,7 @@ TIMED = ["tokenizer", "forward", "train", "embed"]
 
 
 def test_groups():
-    assert list(GROUPS) == [*TIMED, "corpus", "memory"]
+    assert list(GROUPS) == [*TIMED, "corpus", "loader", "memory"]
     assert all(group.name == name and group.title for name, group in GROUPS.items())
 
 
@@ -54,7 +54,7 @@ def test_competitors_run_in_every_dtype_on_the_same_work(setup: Setup):
             assert len({case.work for case in members}) == 1
 
 
-@pytest.mark.parametrize("name", [*TIMED, "corpus"])
+@pytest.mark.parametrize("name", [*TIMED, "corpus", "loader"])
 def test_every_case_is_right(name: str, setup: Setup):
     for case in GROUPS[name].cases(setup):
         row, ready, _ = timing.checked(case)

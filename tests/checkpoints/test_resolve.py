@@ -147,7 +147,7 @@ class TestFilesOfOtherPrograms:
         [
             (b"", "the file is empty"),
             (b"PK\x03\x04" + b"x" * 100, "this is a damaged zip archive"),
-            (gzip.compress(NANO.read_bytes()), "this is a gzip file; unpack it first"),
+            (gzip.compress(NANO.read_bytes(), mtime=0), "this is a gzip file; unpack it first"),
             (lzma.compress(NANO.read_bytes()), "this is an xz file; unpack it first"),
             (bz2.compress(NANO.read_bytes()), "this is a bzip2 file; unpack it first"),
             (b"version https://git-lfs.github.com/spec/v1\noid", "this is a git-lfs pointer, not the weights"),

@@ -91,7 +91,7 @@ def test_several_files_compressed_and_uniprot_layout(
     whole = fasta.read_bytes()
     middle = whole.index(b">", len(whole) // 2)
     (tmp_path / "a.fasta").write_bytes(whole[:middle])
-    (tmp_path / "b.fa.gz").write_bytes(gzip.compress(whole[middle:]))
+    (tmp_path / "b.fa.gz").write_bytes(gzip.compress(whole[middle:], mtime=0))
     output = tmp_path / "out.h5"
     more = ["--layout", "uniprot", "--per", "residue", "--quiet"]
     _, *rest = arguments(tmp_path / "b.fa.gz", output, weights, *more)
@@ -106,7 +106,7 @@ def test_several_files_compressed_and_uniprot_layout(
 
 @pytest.mark.slow
 def test_standard_input(fasta: Path, weights: Path, tmp_path: Path) -> None:
-    for i, content in enumerate((fasta.read_bytes(), gzip.compress(fasta.read_bytes()))):
+    for i, content in enumerate((fasta.read_bytes(), gzip.compress(fasta.read_bytes(), mtime=0))):
         command = [sys.executable, "-c", RUN, *arguments("-", f"out{i}.h5", weights, "--quiet")]
         subprocess.run(command, input=content, cwd=tmp_path, check=True, timeout=120)
     assert sorted(os.listdir(tmp_path)) == ["out0.h5", "out1.h5"]
@@ -126,7 +126,7 @@ def test_standard_input(fasta: Path, weights: Path, tmp_path: Path) -> None:
         (b">A\nMKT\n>A\nMKT\n", [], "in.fasta:3: record A: A was already used at "),
         (b">A\nMK\0T\n", [], "in.fasta:2: record A: a NUL byte"),
         (b"\x7fELF\0\0\0\0\0", [], "in.fasta: is a binary file, not FASTA"),
-        (gzip.compress(b">A\nMKT\n" * 99)[:-9], [], "the gzip file is truncated"),
+        (gzip.compress(b">A\nMKT\n" * 99, mtime=0)[:-9], [], "the gzip file is truncated"),
         (b">A/B\nMKT\n", ["--layout", "uniprot"], "in.fasta:1: record A/B: the uniprot layout"),
         (b">A\nMKT\n", ["--layers", "9"], "there is no block 9"),
         (b">A\nMKT\n", ["--device", "gpu"], "device 'gpu' is unknown"),

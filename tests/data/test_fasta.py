@@ -52,9 +52,9 @@ def test_records_carry_id_description_sequence_file_and_line(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("gzip", gzip.compress(TWO)),
-        ("two gzip members", gzip.compress(TWO[:20]) + gzip.compress(TWO[20:])),
-        ("gzip and zeros", gzip.compress(TWO) + bytes(512)),
+        ("gzip", gzip.compress(TWO, mtime=0)),
+        ("two gzip members", gzip.compress(TWO[:20], mtime=0) + gzip.compress(TWO[20:], mtime=0)),
+        ("gzip and zeros", gzip.compress(TWO, mtime=0) + bytes(512)),
         ("zstandard", zstandard.compress(TWO)),
         ("two zstandard frames", zstandard.compress(TWO[:20]) + zstandard.compress(TWO[20:])),
         ("skippable zstandard frame", b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd" + zstandard.compress(TWO)),
@@ -86,7 +86,7 @@ def test_same_records_from_every_form(
 
 def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stdin:
-        buffer = io.BytesIO(gzip.compress(TWO))
+        buffer = io.BytesIO(gzip.compress(TWO, mtime=0))
 
     monkeypatch.setattr(sys, "stdin", Stdin)
     assert [(r.id, r.file) for r in read_fasta("-")] == [("P1", "standard input"), ("P2", "standard input")]
@@ -94,7 +94,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_many_files_in_the_order_given(tmp_path: Path) -> None:
     one = write(tmp_path, b">B\nACD\n", "b.fasta")
-    two = write(tmp_path, gzip.compress(b">A\nMKT"), "a.fasta.gz")
+    two = write(tmp_path, gzip.compress(b">A\nMKT", mtime=0), "a.fasta.gz")
     assert [(r.id, r.file, r.line) for r in read_fasta([one, Path(two)])] == [("B", one, 1), ("A", two, 1)]
 
 
@@ -136,7 +136,7 @@ def test_no_header(tmp_path: Path) -> None:
     assert refusal(path).startswith(f"{path}:2: no FASTA header")
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"; only a comment\n", b" \t", gzip.compress(b"")])
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"; only a comment\n", b" \t", gzip.compress(b"", mtime=0)])
 def test_empty_file(tmp_path: Path, content: bytes) -> None:
     path = write(tmp_path, content)
     assert refusal(path) == f"{path}: is empty: no FASTA record in it"
@@ -233,7 +233,7 @@ def test_truncated(tmp_path: Path, compress, says: str, part: float) -> None:  #
 
 
 def test_truncated_in_the_gzip_header(tmp_path: Path) -> None:
-    path = write(tmp_path, gzip.compress(TWO)[:5])
+    path = write(tmp_path, gzip.compress(TWO, mtime=0)[:5])
     assert refusal(path) == f"{path}:1: the gzip file is truncated"
 
 
@@ -246,7 +246,7 @@ def test_damaged_compressed_file(tmp_path: Path, compress) -> None:  # type: ign
 
 
 def test_gzip_with_something_else_behind_it(tmp_path: Path) -> None:
-    assert "the gzip data is damaged" in refusal(write(tmp_path, gzip.compress(TWO) + b"MKTAY"))
+    assert "the gzip data is damaged" in refusal(write(tmp_path, gzip.compress(TWO, mtime=0) + b"MKTAY"))
 
 
 def test_zstandard_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +337,7 @@ def test_short_peptides_of_a_c_g_t_are_not_called_dna(tmp_path: Path) -> None:
 
 def test_fingerprint_is_of_the_text_not_of_its_compression(tmp_path: Path) -> None:
     plain = scan_fasta(write(tmp_path, TWO, "x"))
-    packed = scan_fasta(write(tmp_path, gzip.compress(TWO), "x"))
+    packed = scan_fasta(write(tmp_path, gzip.compress(TWO, mtime=0), "x"))
     assert plain.files == packed.files
     assert plain.files[0]["bytes"] == len(TWO)
     assert scan_fasta(write(tmp_path, TWO + b"A", "x")).files != plain.files

@@ -171,3 +171,14 @@ def test_convolution_is_torch_conv1d():
     for dilation in (1, 5):
         expected = F.conv1d(x.T[None], weight, bias, padding=4 * dilation, dilation=dilation)[0].T
         torch.testing.assert_close(reference.convolution(x, weight, bias, dilation), expected)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_gradients_are_summed_in_one_order():
+    """Of what many rows share: the same bits every time, however many threads there are."""
+    segments = torch.arange(3).repeat_interleave(20_000).int()
+    values = torch.randn(3, 64, requires_grad=True)
+    gradient = torch.randn(60_000, 64)
+    found = [torch.autograd.grad(reference.of_each_row(values, segments), values, gradient)[0] for _ in range(10)]
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert torch.allclose(found[0], gradient.view(3, -1, 64).sum(1), rtol=1e-3, atol=1e-2)

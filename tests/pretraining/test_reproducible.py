@@ -47,6 +47,7 @@ def trained(sequences: list[str], backend: str, workers: int, dtype: torch.dtype
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(
     ("backend", "dtype", "steps"),
     [("cpu", torch.float32, 50), ("cpu", torch.bfloat16, 50), ("reference", torch.float32, 10)],

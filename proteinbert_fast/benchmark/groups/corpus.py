@@ -72,7 +72,7 @@ def cases(setup: Setup) -> list[Case]:
 
     @cache
     def data() -> _Input:
-        return _make_input(setup)
+        return make_input(setup)
 
     def work() -> Work:
         n = setup.settings.corpus_entries
@@ -84,11 +84,11 @@ def cases(setup: Setup) -> list[Case]:
         files = data()
         output = setup.folder / f"corpus-{ancestors}.h5"
         try:
-            _ours(files, output, ancestors)
+            build(files, output, ancestors)
         except InputError as error:
             raise Unavailable(str(error)) from error
         expected = files.expected(ancestors != "none")
-        return Ready(lambda: _ours(files, output, ancestors), lambda path: _check(_corpus(path), expected))
+        return Ready(lambda: build(files, output, ancestors), lambda path: _check(_corpus(path), expected))
 
     def original() -> Ready[Path]:
         try:
@@ -125,7 +125,7 @@ def _lxml() -> str:
         return "lxml"
 
 
-def _ours(files: _Input, output: Path, ancestors: Any) -> Path:
+def build(files: _Input, output: Path, ancestors: Any) -> Path:
     build_corpus(
         files.xml, output, ontology=files.obo, ancestors=ancestors, min_count=MIN_COUNT, overwrite=True, progress=False
     )
@@ -244,7 +244,7 @@ def _check(found: Iterator[tuple[str, str, frozenset[str]]], expected: Content) 
     return Check(seen == len(expected), f"{seen:,} proteins and their terms equal")
 
 
-def _make_input(setup: Setup) -> _Input:
+def make_input(setup: Setup) -> _Input:
     """The sample's proteins as entries of UniRef XML, over and over, with terms of an ontology that is made up."""
     draw = random.Random(0)
     ids = [f"GO:{i:07d}" for i in range(1, _TERMS + 1)]

@@ -157,6 +157,11 @@ class Corpus:
         lengths: npt.NDArray[np.int32] = np.diff(self._data["offsets"][:]).astype(np.int32)
         return lengths
 
+    def ids(self) -> Iterator[npt.NDArray[np.bytes_]]:
+        """The ids of all proteins in order, many at a time, as bytes of fixed width."""
+        for first in range(0, self._n, 1 << 16):
+            yield self._data["ids"][first : first + (1 << 16)]
+
     def __getitem__(self, i: int) -> CorpusRecord:
         if not -self._n <= i < self._n:
             raise IndexError(f"{self.path}: has {self._n:,} proteins, there is no number {i:,}")

@@ -1,4 +1,4 @@
-"""Kernels run on a GPU where there is one, else in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/ops/kernels."""
+"""Kernels run on a GPU where there is one, else, with TRITON_INTERPRET=1 set, in Triton's interpreter."""
 
 import importlib.util
 import os

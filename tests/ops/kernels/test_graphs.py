@@ -94,6 +94,9 @@ def test_what_no_graph_is_made_for_runs_as_ever(graphed, device, monkeypatch):
     with torch.no_grad():
         plain = graphed.model(batch.to(device), annotations)
     assert torch.equal(graphed(batch, annotations).global_state, plain.global_state)
+    seen = []
+    graphed(batch, attentions=lambda block, protein, weights: seen.append((block, protein, weights.shape)))
+    assert seen == [(block, 0, (5, SMALL.n_heads)) for block in range(SMALL.n_blocks)]
     assert not graphed._graphs
 
 

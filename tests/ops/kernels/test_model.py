@@ -70,6 +70,17 @@ def test_same_bits(model, dtype):
             assert all(torch.equal(a, b) for a, b in zip(numbers, other, strict=True))
 
 
+def test_attention_weights_that_are_read_have_the_same_bits(model, device, monkeypatch):
+    monkeypatch.setattr("proteinbert_fast.model._ROWS_READ", 80)
+    read = {}
+    kept = run(model, SEQUENCES)
+    with torch.inference_mode():
+        model(kept.batch, attentions=lambda block, protein, weights: read.update({(block, protein): weights}))
+    right = {(i, j): w for i, rows in enumerate(kept.attentions) for j, w in enumerate(kept.batch.unpack(rows))}
+    assert read.keys() == right.keys()
+    assert all(torch.equal(read[place], weights) for place, weights in right.items())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(model, device, dtype):
     batch = Tokenizer()(SEQUENCES).to(device)

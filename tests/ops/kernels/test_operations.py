@@ -40,7 +40,7 @@ class Case:
         self.block = self.block.to(device, dtype)
         self.exact = Block(config).to(device, torch.float64)
         self.exact.load_state_dict(self.block.state_dict())
-        self.batch: PackedBatch = Tokenizer()(["M" * n for n in residues]).to(device)
+        self.batch: PackedBatch = Tokenizer(gap=config.reach)(["M" * n for n in residues]).to(device)
         self.inside = (self.batch.segments >= 0).unsqueeze(-1)
         x = torch.randn(self.batch.n_rows, config.d_local)
         self.x = x.to(device, dtype) * self.inside
@@ -164,6 +164,32 @@ def test_lengths_1_to_300_tokens_densely(device):
     sizes = {"d_local": 32, "d_global": 16, "n_blocks": 1, "n_heads": 1, "d_key": 16, "kernel_size": 3}
     residues = [*range(20), *range(20, 299, 5)] if IS_INTERPRETED else range(299)
     check(Case(ProteinBertConfig(n_annotations=3, **sizes), residues, torch.float32, device))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("residues", "dtype"),
+    [
+        pytest.param([34_350], torch.float32, id="longest protein, float32"),
+        pytest.param([34_350], torch.bfloat16, id="longest protein, bfloat16"),
+        pytest.param([i % 3 for i in range(10_000)], torch.bfloat16, id="10,000 proteins, bfloat16"),
+    ],
+)
+def test_the_longest_protein_and_the_largest_batch(residues, dtype, device):
+    """A small model and no more than a forward pass runs: programs take milliseconds in the interpreter."""
+    sizes = {"d_local": 32, "d_global": 16, "n_blocks": 1, "n_heads": 1, "d_key": 16, "kernel_size": 3}
+    case = Case(ProteinBertConfig(n_annotations=3, **sizes), residues, dtype, device)
+    with torch.no_grad():
+        _, local = case.local_block(keep_hidden=False)
+        track, right_track = case.global_track(local, is_last=True, return_attention=False), case.right_track(local)
+        right = reference.local_block(
+            case.x.double(), case.word.double(), case.batch.segments, case.exact.local_weights(), 5
+        )
+    close(local, right.local, TOLERANCE[dtype])
+    assert not local[~case.inside.squeeze(-1)].any()
+    close(track.global_state, right_track.global_state, TOLERANCE[dtype])
+    close(track.residue_mean, right_track.residue_mean, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
