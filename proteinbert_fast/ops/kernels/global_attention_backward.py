@@ -257,16 +257,9 @@ def launch(
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     attention_weights_gradient_kernel[(n_parts, n_heads)](
-        *tensors,
-        parts,
-        n_proteins,
-        len(protein),
-        spans_each,
-        **sizes,
-        M=c.weight_rows,
-        num_warps=c.warps,
-        num_stages=c.stages,
-    )
+        *tensors, parts, n_proteins, len(protein), spans_each, **sizes, M=c.weight_rows,
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
     sums, first = add_spans(SpanSums(d_query, first), lengths, n_rows, longest, most=1)
     weights = add_parts(parts)
     return Gradients(
