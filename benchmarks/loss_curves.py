@@ -8,6 +8,7 @@ small. The exit code is 1 if a curve leaves the band. docs/training.md shows wha
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -52,7 +53,10 @@ def main() -> int:
         outside = loss_curves.outside(found)
         if outside:
             print(f"loss_curves: OUTSIDE the band: {', '.join(outside)}", file=sys.stderr)
-        loss_curves.draw(found, folder / loss_curves.PICTURE_NAME)
+        if arguments.redraw or importlib.util.find_spec("matplotlib"):
+            loss_curves.draw(found, folder / loss_curves.PICTURE_NAME)
+        else:
+            print("loss_curves: no picture without matplotlib; --redraw draws one later", file=sys.stderr)
     except (ProteinBertError, OSError) as error:
         print(f"loss_curves: error: {error}", file=sys.stderr)
         return 1

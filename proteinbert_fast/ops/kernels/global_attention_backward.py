@@ -33,6 +33,7 @@ class Configuration(NamedTuple):
         chunk: channels of the local state per product.
         values: channels of a head's values at a time.
         warps: per program.
+        stages: tiles in flight.
     """
 
     rows: int
@@ -40,6 +41,7 @@ class Configuration(NamedTuple):
     chunk: int
     values: int
     warps: int
+    stages: int = 3
 
 
 @triton.jit
@@ -170,7 +172,8 @@ def configuration(capability: int, channels: int, dtype: torch.dtype, precision:
     if capability == 0:  # Time in the interpreter goes by the number of operations, not by their sizes.
         return Configuration(64, 64, 32, 64, 4)
     if not has_matrix_units(capability, dtype, precision) or dtype == torch.float32:
-        return Configuration(16, 16, 16, 16, 8)
+        # One stage: the next tile's rows would take the registers that the weights' gradients need.
+        return Configuration(16, 16, 16, 16, 8, 1)
     if channels > 128:
         return Configuration(32, 32, 64, 64, 8)
     return Configuration(64, 32, 64, 64, 8)
@@ -251,11 +254,12 @@ def launch(
     attention_rows_gradient_kernel[(len(protein),)](
         *tensors, d_pooled if d_mean is None else d_mean.contiguous(), d_local, d_query, n_proteins,
         **sizes, H_PADDED=padded(n_heads), M=c.rows, VALUES=min(c.values, padded(d_value)), HAS_MEAN=d_mean is not None,
-        num_warps=c.warps,
+        num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     attention_weights_gradient_kernel[(n_parts, n_heads)](
-        *tensors, parts, n_proteins, len(protein), spans_each, **sizes, M=c.weight_rows, num_warps=c.warps
-    )
+        *tensors, parts, n_proteins, len(protein), spans_each, **sizes, M=c.weight_rows,
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
     sums, first = add_spans(SpanSums(d_query, first), lengths, n_rows, longest, most=1)
     weights = add_parts(parts)
     return Gradients(

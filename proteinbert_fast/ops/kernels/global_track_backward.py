@@ -144,7 +144,7 @@ def configuration(capability: int, dtype: torch.dtype, precision: str = "ieee") 
         return Configuration(64, 8, 3)
     if dtype == torch.float32 or not has_matrix_units(capability, dtype, precision):
         return Configuration(16, 8, 2)
-    return Configuration(32, 8, 2)
+    return Configuration(32, 16, 2)
 
 
 class Gradients(NamedTuple):
