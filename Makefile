@@ -101,7 +101,7 @@ test: $(VENV)/.test
 # model (emulator, gate, report, tuning) is a target of its own, for `make --jobs`.
 KERNEL_TOOLS := $(patsubst %,tests/ops/kernels/test_%.py,local_block_hopper local_block_backward_hopper compile_gate gpu_report tuning)
 KERNELS_ALONE := $(patsubst %,tests/ops/kernels/test_%.py,operations gradients losses launching)
-RUN_KERNELS = TRITON_INTERPRET=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -p no:cacheprovider
+RUN_KERNELS = OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -p no:cacheprovider
 
 $(VENV)/triton-%: $(VENV)/.test
 	$(PIP_INSTALL) --quiet --no-deps --target $@ triton==$*
@@ -117,7 +117,7 @@ test-kernel-tools: $(VENV)/triton-$(lastword $(TRITONS))
 compile-gate: $(TRITONS:%=compile-gate-%)
 
 compile-gate-%: $(VENV)/triton-%
-	PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate $(if $(filter $(lastword $(TRITONS)),$*),,--brief)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate $(if $(filter $(lastword $(TRITONS)),$*),,--brief)
 
 # On a machine with a GPU. SANITIZE_PYTHON is a Python that has torch with CUDA, triton, pytest and this package's
 # extensions; races are looked for on the smallest inputs, because that is slow. PyTorch's own allocator hides what
