@@ -22,6 +22,7 @@ examples:
   proteinbert-fast convert epoch_92400_sample_23500000.pkl proteinbert/
   proteinbert-fast convert my_model/ my_model.pkl        # for the original Keras code
   proteinbert-fast convert proteinbert proteinbert.safetensors
+  proteinbert-fast convert run/model my_model/ --dtype float16     # half the size
 """
 
 
@@ -34,10 +35,19 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("input", metavar="IN", help="official .pkl, directory, .safetensors, hub name, or proteinbert")
+    parser.add_argument(
+        "input",
+        metavar="IN",
+        help="official .pkl, directory, .safetensors, hub name, proteinbert or proteinbert-swissprot",
+    )
     parser.add_argument("output", metavar="OUT", type=Path, help="NAME.pkl, NAME.safetensors, or a directory")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     parser.add_argument("--no-optimizer", action="store_true", help="leave out the optimiser state")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="round the weights, and leave out the optimiser state, which is not theirs then; default: as they are",
+    )
     return parser
 
 
@@ -51,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     output: Path = args.output.expanduser()
     form = output_form(output)
     check_free(output, form, args.overwrite)
+    if form == "pickle" and args.dtype not in (None, "float32"):
+        raise InputError(f"{output}: the original's pickle holds float32 only, not {args.dtype}")
     if output.exists() and Path(args.input).exists() and output.samefile(args.input):
         raise InputError(f"{output}: IN and OUT are the same")
 
@@ -64,6 +76,11 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = load_pretrained(args.input, optimizer=not args.no_optimizer)
     print(summary(checkpoint))
     left_out = []
+    if args.dtype is not None:
+        checkpoint, rounded = rounded_weights(checkpoint, args.dtype)
+        if rounded and checkpoint.optimizer_state is not None:
+            left_out.append("optimiser state (it belongs to the weights before rounding)")
+            checkpoint = replace(checkpoint, optimizer_state=None)
     if form != "directory":
         if form == "safetensors" and checkpoint.optimizer_state is not None:
             left_out.append("optimiser state (a directory or .pkl keeps it)")
@@ -139,6 +156,16 @@ def summary(checkpoint: "LoadedCheckpoint") -> str:
         f"  sha256      {checkpoint.sha256}",
     ]
     return "\n".join(lines)
+
+
+def rounded_weights(checkpoint: "LoadedCheckpoint", dtype: str) -> "tuple[LoadedCheckpoint, bool]":
+    """The checkpoint with its weights in a type, and whether any of them changed; says by how much."""
+    import torch
+
+    weights = {key: tensor.to(getattr(torch, dtype)) for key, tensor in checkpoint.state_dict.items()}
+    worst = max(float((checkpoint.state_dict[key].float() - weights[key].float()).abs().max()) for key in weights)
+    print(f"  rounded     to {dtype}, by at most {worst:.1e}")
+    return replace(checkpoint, state_dict=weights), worst != 0
 
 
 def check_same(wanted: "LoadedCheckpoint", written: "LoadedCheckpoint", output: Path) -> None:

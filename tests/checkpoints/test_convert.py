@@ -86,6 +86,38 @@ def test_half_weights_become_exact_float32(convert, tmp_path, odd_checkpoint, dt
     assert same_tensors(written, {key: tensor.float() for key, tensor in state.items()})
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_are_rounded_on_demand(convert, tmp_path, odd_checkpoint, dtype):
+    name = str(dtype).removeprefix("torch.")
+    code, out, err = convert(NANO, "half", "--dtype", name)
+    assert code == 0
+    assert f"rounded     to {name}, by at most" in out
+    assert err == "left out: optimiser state (it belongs to the weights before rounding)\n"
+    rounded = load_pretrained(tmp_path / "half")
+    whole = load_pretrained(NANO).state_dict
+    assert same_tensors(rounded.state_dict, {key: tensor.to(dtype) for key, tensor in whole.items()})
+    assert rounded.optimizer_state is None
+    assert convert("half", "back", "--dtype", "float32")[0] == 0
+    widened = {key: tensor.float() for key, tensor in rounded.state_dict.items()}
+    assert same_tensors(load_pretrained(tmp_path / "back").state_dict, widened)
+
+
+def test_the_same_type_rounds_nothing(convert, tmp_path):
+    assert convert(NANO, "same", "--dtype", "float32")[::2] == (0, "")
+    assert load_pretrained(tmp_path / "same").optimizer_state is not None
+
+
+def test_values_beyond_float16_are_refused(convert, tmp_path, odd_checkpoint):
+    state = dict(odd_checkpoint.state_dict)
+    state["token_head.bias"] = torch.full_like(state["token_head.bias"], 70_000.0)
+    write_directory(tmp_path / "large", LoadedCheckpoint(ODD_SIZES, state, None, ""))
+    code, _, err = convert("large", "half", "--dtype", "float16")
+    assert code == 1
+    assert "token_head.bias holds" in err
+    assert not (tmp_path / "half").exists()
+    assert convert("large", "half", "--dtype", "bfloat16")[0] == 0
+
+
 @pytest.mark.parametrize("name", ["out.pkl", "out.safetensors", "out"])
 def test_existing_output_needs_overwrite(convert, tmp_path, name):
     assert convert(NANO, name, "--no-optimizer")[0] == 0
@@ -103,6 +135,7 @@ def test_outputs_that_cannot_be(convert, tmp_path, odd_checkpoint):
     for arguments, message in [
         (("odd", "out.pt"), "out.pt: .pt is not written; use .pkl, .safetensors or a directory"),
         (("odd", "out.h5"), "out.h5: .h5 is not written"),
+        (("odd", "out.pkl", "--dtype", "float16"), "out.pkl: the original's pickle holds float32 only, not float16"),
         (("odd", "taken", "--overwrite"), "taken: a file is in the way of the directory"),
         (("odd", "dir.pkl", "--overwrite"), "dir.pkl: a directory is in the way of the file"),
         (("odd", "odd", "--overwrite"), "odd: IN and OUT are the same"),
