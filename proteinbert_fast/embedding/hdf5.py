@@ -5,7 +5,6 @@ time or on where one shard ends and the next begins.
 """
 
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from proteinbert_fast.data.disk import Sink, flush_folder
 from proteinbert_fast.embedding.partial import SCHEMA, PartialRun, Shard
 from proteinbert_fast.embedding.sources import dataset_name
 from proteinbert_fast.errors import ProteinBertError
@@ -64,30 +62,15 @@ def write_output(partial: PartialRun, contents: Contents, on_bytes: Callable[[in
     Raises:
         ProteinBertError: the disk cannot be written to, or a shard is damaged.
     """
-    path = partial.path(_MERGED)
-    try:
-        with Sink(path) as sink:
+    with partial.new_output(_MERGED) as (file, sink):
 
-            def checked(n_bytes: int) -> None:
-                sink.check()
-                on_bytes(n_bytes)
-
-            try:
-                with h5py.File(sink, "w") as file:
-                    _write_attributes(file, partial, contents)
-                    write = _write_flat if contents.layout == "flat" else _write_uniprot
-                    write(file, partial, contents, checked)
-            except Exception:
-                sink.check()  # the disk's own error says more than what HDF5 made of it
-                raise
+        def checked(n_bytes: int) -> None:
             sink.check()
-            sink.flush_to_disk()
-        partial.claim_name()
-        os.replace(path, partial.output)
-        flush_folder(os.path.dirname(os.path.abspath(partial.output)))
-        partial.finish()
-    except OSError as error:
-        raise partial.unwritable(error) from error
+            on_bytes(n_bytes)
+
+        _write_attributes(file, partial, contents)
+        write = _write_flat if contents.layout == "flat" else _write_uniprot
+        write(file, partial, contents, checked)
 
 
 def _write_attributes(file: Any, partial: PartialRun, contents: Contents) -> None:

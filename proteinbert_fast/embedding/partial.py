@@ -13,7 +13,6 @@ system calls: the HDF5 library cannot be trusted when a disk is full (it crashes
 the file).
 """
 
-import fcntl
 import json
 import os
 import time
@@ -29,8 +28,9 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from proteinbert_fast.data.claim import MANIFEST, Claim
 from proteinbert_fast.data.disk import flush_folder, remove, write_all
-from proteinbert_fast.errors import InputError, ProteinBertError
+from proteinbert_fast.errors import InputError
 
 Run = dict[str, Any]
 
@@ -38,8 +38,6 @@ SCHEMA = 1
 SHARD_BYTES = 1 << 30
 SHARD_SECONDS = 60.0  # at most this much work is lost when a process is killed
 
-MANIFEST = "manifest.json"
-LOCK = "lock"
 OPEN_SHARD = "shard-open.tmp"
 
 # Names of the same weights may differ between two runs: the weights themselves are compared.
@@ -75,63 +73,30 @@ class Shard:
         return self.row_bytes + 16 * self.records + self.id_bytes
 
 
-class PartialRun:
+class PartialRun(Claim):
     """The claim of one process on an output, and the shards that this or an earlier process has completed.
 
     Use as a context. On leaving it, what was added since the last shard is made a shard, also after an error;
     the folder stays for a later resume unless `finish` was called or there is no shard.
 
-    Args:
-        output: the HDF5 file to be.
-        resume: go on with an interrupted run, if there is one.
-        overwrite: replace what is there.
-
-    Raises:
-        InputError: something is there and neither resume nor overwrite was asked for, or another process is
-            writing.
-        ProteinBertError: the folder of the output cannot be written to.
-
     Attributes:
-        output: the HDF5 file to be.
-        folder: where the shards are.
         run: what this run is, once it has begun.
         begun: whether `begin` has found the run to be a new one, or the one that was interrupted.
     """
 
+    NOUN = "run"
+    MANIFEST_SCHEMA = SCHEMA
+
     def __init__(self, output: str, *, resume: bool, overwrite: bool) -> None:
-        if resume and overwrite:
-            raise InputError("resume and overwrite exclude each other: go on with what is there, or replace it")
-        self.output = output
-        self.folder = output + ".partial"
+        super().__init__(output, resume=resume, overwrite=overwrite)
         self.run: Run = {}
-        self._resume = resume
-        self._overwrite = overwrite
         self.begun = False
         self._state = _State((), None, True)
-        self._check_output()
-
-    def _check_output(self) -> None:
-        parent = os.path.dirname(os.path.abspath(self.output))
-        if not os.path.isdir(parent):
-            raise InputError(f"{self.output}: there is no folder {parent}")
-        if os.path.isdir(self.output):
-            raise InputError(f"{self.output}: is a directory; name a file in it")
-        if os.path.exists(self.output) and not os.path.isfile(self.output):
-            raise InputError(f"{self.output}: is not a regular file, and HDF5 needs one")
-        if self._resume or self._overwrite:
-            return
-        if os.path.exists(self.output):
-            raise InputError(f"{self.output}: exists; replace it with --overwrite")
-        if os.path.exists(self.path(MANIFEST)):
-            raise InputError(
-                f"{self.output}: an interrupted run is in {self.folder}; "
-                "go on with --resume, or start anew with --overwrite"
-            )
 
     def __enter__(self) -> Self:
+        super().__enter__()
         try:
-            self._take_lock()
-            self._remove_leftovers(("input-",))
+            self._tidy("input-")
         except OSError as error:
             raise self.unwritable(error) from error
         return self
@@ -149,21 +114,6 @@ class PartialRun:
                 # Closed in any case, also by the collection of this object: it holds the lock.
                 self._lock.close()
 
-    def _take_lock(self) -> None:
-        while True:
-            os.makedirs(self.folder, exist_ok=True)
-            self._lock = open(self.path(LOCK), "a")  # noqa: SIM115
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                self._lock.close()
-                raise InputError(f"{self.output}: another process is writing it now") from error
-            # The last owner may have deleted the file between our opening and locking it.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path(LOCK))):
-                    return
-            self._lock.close()
-
     def _tidy_up(self) -> None:
         """Leaves the folder with nothing but complete shards and their manifest, or not at all."""
         if self._state.open is not None:
@@ -171,11 +121,11 @@ class PartialRun:
         with suppress(OSError):
             if self.begun and not self.shards:
                 remove(self.path(MANIFEST))
-            self._remove_leftovers(("shard-", "merged", "input-") if self.begun else ("input-",))
-            if not os.path.exists(self.path(MANIFEST)):
-                remove(self.path(LOCK))
-                with suppress(OSError):  # somebody else's files are in it
-                    os.rmdir(self.folder)
+            self._tidy(*(("shard-", "merged", "input-") if self.begun else ("input-",)))
+            self._leave_folder()
+
+    def _tidy(self, *prefixes: str) -> None:
+        self._remove_leftovers(prefixes, {shard.file for shard in self.shards})
 
     def begin(self, run: Run) -> bool:
         """Starts the run, or goes on with it. Afterwards ``self.run`` describes it.
@@ -188,17 +138,14 @@ class PartialRun:
             ProteinBertError: the disk cannot be written to.
         """
         run = json.loads(json.dumps(run))
-        manifest = self._read_manifest() if self._resume else None
+        manifest = self._read_manifest()
         if self._resume and os.path.exists(self.output):
             done = run_of(self.output)
             difference = "it is no embeddings file of this version" if done is None else _difference(done, run)
             if done is not None and not difference:
                 self.run, self.begun = done, True
                 return True
-            if manifest is None:
-                raise InputError(f"{self.output}: cannot resume: {difference}; replace it with --overwrite")
-            if not manifest["overwrite"]:
-                raise InputError(f"{self.output}: another run has made it meanwhile; move it away to resume")
+            self._refuse_other_output(manifest, difference)
         if manifest is None:
             self.run = run
         else:
@@ -210,37 +157,16 @@ class PartialRun:
         try:
             self.begun = True
             self._write_manifest()
-            self._remove_leftovers(("shard-", "merged"))
+            self._tidy("shard-", "merged")
         except OSError as error:
             raise self.unwritable(error) from error
         return False
-
-    def _read_manifest(self) -> dict[str, Any] | None:
-        try:
-            with open(self.path(MANIFEST), encoding="utf-8") as file:
-                manifest: dict[str, Any] = json.load(file)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.path(MANIFEST)}: cannot be read; start anew with --overwrite") from error
-        if manifest.get("schema") != SCHEMA:
-            raise InputError(f"{self.folder}: was made by another version; start anew with --overwrite")
-        return manifest
 
     def _check_shards(self) -> None:
         for shard in self.shards:
             path = self.path(shard.file)
             if not os.path.exists(path) or os.path.getsize(path) != shard.size:
                 raise InputError(f"{path}: is missing or damaged; start anew with --overwrite")
-
-    def claim_name(self) -> None:
-        """Refuses to replace an output that appeared while this run was on its way, unless it may overwrite.
-
-        Raises:
-            InputError: there is one.
-        """
-        if not self._overwrite and os.path.exists(self.output):
-            raise InputError(f"{self.output}: was made meanwhile; move it away and go on with --resume")
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -316,44 +242,17 @@ class PartialRun:
             self._write_manifest()
 
     def _write_manifest(self) -> None:
-        manifest = {
-            "schema": SCHEMA,
-            "run": self.run,
-            "overwrite": self._overwrite,
-            "shards": [asdict(shard) for shard in self.shards],
-        }
-        with open(self.path(MANIFEST + ".tmp"), "w", encoding="utf-8") as file:
-            json.dump(manifest, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(self.path(MANIFEST + ".tmp"), self.path(MANIFEST))
-        flush_folder(self.folder)
+        self._replace_manifest({"run": self.run, "shards": [asdict(shard) for shard in self.shards]})
         self._state = self._state._replace(manifest_is_current=True)
 
     def finish(self) -> None:
-        """Removes the folder, after the output has its name."""
+        """Removes the shards, after the output has its name."""
         self._state = _State((), None, True)
-        remove(self.path(MANIFEST))
-        self._remove_leftovers(("shard-",))
+        super().finish()
+        self._tidy("shard-")
 
-    def path(self, name: str) -> str:
-        """Where a file of the folder is."""
-        return os.path.join(self.folder, name)
-
-    def unwritable(self, error: OSError) -> ProteinBertError:
-        """The error to raise when writing failed."""
-        why = error.strerror or str(error).splitlines()[0]
-        safe = ""
-        if self.shards:
-            safe = f"; {self.records_done:,} records are safe in {self.folder}, go on with --resume"
-        return ProteinBertError(f"{self.output}: cannot be written: {why}{safe}")
-
-    def _remove_leftovers(self, prefixes: tuple[str, ...]) -> None:
-        """Removes what begins so and is no complete shard of this run."""
-        named = {shard.file for shard in self.shards}
-        for name in os.listdir(self.folder):
-            if name.startswith(prefixes) and name not in named:
-                remove(self.path(name))
+    def _safe(self) -> str:
+        return f"{self.records_done:,} records" if self.shards else ""
 
 
 class _State(NamedTuple):

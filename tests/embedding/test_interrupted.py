@@ -393,7 +393,7 @@ def test_resume_after_another_version_is_refused(
     model: ProteinBert, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(model, fasta, tmp_path / "out.h5")
-    monkeypatch.setattr(partial, "SCHEMA", 2)
+    monkeypatch.setattr(partial.PartialRun, "MANIFEST_SCHEMA", 2)
     with pytest.raises(InputError, match="was made by another version; start anew with --overwrite"):
         embed(fasta, tmp_path / "out.h5", model=model, resume=True, **OPTIONS)
 

@@ -41,7 +41,6 @@ from proteinbert_fast.data.corpus.sources import (
     open_source,
     read_rows,
 )
-from proteinbert_fast.data.disk import Sink, flush_folder
 from proteinbert_fast.data.fasta import check_choice
 from proteinbert_fast.data.gene_ontology import RELATIONS, GeneOntology, Relations
 from proteinbert_fast.errors import InputError
@@ -363,33 +362,18 @@ def _merge_all(
         logger.warning("%s GO terms of the input are left out: no ontology was given", f"{given:,}")
     if not counts.records:
         raise InputError(f"{options.output}: no protein is left to write")
-    path = partial.path(_OUTPUT)
-    try:
-        with Sink(path) as sink:
-            try:
-                with h5py.File(sink, "w", libver=("v110", "v110")) as file:
-                    writing = _Writing(file, partial, sources, options, terms, counts, findings)
-                    try:
-                        with _bar(options, len(ranges), "writing") as bar:
-                            for first, stop in ranges:
-                                # Findings of the first pass hold: the second is not asked again.
-                                writing.add(merger.join(reader.read(first, stop, residues=True), Findings()))
-                                sink.check()
-                                bar.update(1)
-                        report, fingerprint = writing.finish()
-                    finally:
-                        writing.writer.close()
-            except Exception:
-                sink.check()  # the disk's own error says more than what HDF5 made of it
-                raise
-            sink.check()
-            sink.flush_to_disk()
-        partial.claim_name()
-        os.replace(path, partial.output)
-        flush_folder(os.path.dirname(os.path.abspath(partial.output)))
-        partial.finish()
-    except OSError as error:
-        raise partial.unwritable(error) from error
+    with partial.new_output(_OUTPUT, libver=("v110", "v110")) as (file, sink):
+        writing = _Writing(file, partial, sources, options, terms, counts, findings)
+        try:
+            with _bar(options, len(ranges), "writing") as bar:
+                for first, stop in ranges:
+                    # Findings of the first pass hold: the second is not asked again.
+                    writing.add(merger.join(reader.read(first, stop, residues=True), Findings()))
+                    sink.check()
+                    bar.update(1)
+            report, fingerprint = writing.finish()
+        finally:
+            writing.writer.close()
     return report, fingerprint
 
 

@@ -14,7 +14,6 @@ A run is written under another name, flushed to the disk and renamed; then the f
 itself replaced as a whole, names the run. What no manifest names is deleted by the next build.
 """
 
-import fcntl
 import json
 import os
 import threading
@@ -22,12 +21,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from proteinbert_fast._records import gather_bytes, gather_ints, hash_texts
+from proteinbert_fast.data.claim import MANIFEST, Claim
 from proteinbert_fast.data.corpus.sources import Batch, Source
 from proteinbert_fast.data.disk import flush_folder, remove, write_all
 from proteinbert_fast.errors import InputError, ProteinBertError
@@ -35,9 +35,6 @@ from proteinbert_fast.errors import InputError, ProteinBertError
 SCHEMA = 1
 RUN_BYTES = 1 << 26  # of rows in memory before they are written as a run
 RANGES = 4096  # of keys: the finest parts in which runs can be read
-
-MANIFEST = "manifest.json"
-LOCK = "lock"
 
 ORDER, IDENTITY, SPLIT = range(3)  # what a hash is for: the second word of SipHash's key
 _ROW = np.dtype(
@@ -104,58 +101,21 @@ class _State:
     runs: list[Run] = field(default_factory=list)
 
 
-class PartialBuild:
+class PartialBuild(Claim):
     """The claim of one process on an output, and the runs that this or an earlier process has completed.
 
     Use as a context. Afterwards the folder stays for a later resume, unless `finish` was called or there is nothing in
     it. Threads may add runs at the same time.
-
-    Args:
-        output: the corpus to be.
-        resume: go on with an interrupted build, if there is one.
-        overwrite: replace what is there.
-
-    Raises:
-        InputError: something is there and neither resume nor overwrite was asked for, or another process is writing.
-        ProteinBertError: the folder of the output cannot be written to.
     """
 
+    NOUN = "build"
+    MANIFEST_SCHEMA = SCHEMA
+
     def __init__(self, output: str, *, resume: bool, overwrite: bool) -> None:
-        if resume and overwrite:
-            raise InputError("resume and overwrite exclude each other: go on with what is there, or replace it")
-        self.output = output
-        self.folder = output + ".partial"
+        super().__init__(output, resume=resume, overwrite=overwrite)
         self.build: Build = {}
-        self._resume = resume
-        self._overwrite = overwrite
         self._state = _State()
         self._changing = threading.Lock()
-        self._check_output()
-
-    def _check_output(self) -> None:
-        parent = os.path.dirname(os.path.abspath(self.output))
-        if not os.path.isdir(parent):
-            raise InputError(f"{self.output}: there is no folder {parent}")
-        if os.path.isdir(self.output):
-            raise InputError(f"{self.output}: is a directory; name a file in it")
-        if os.path.exists(self.output) and not os.path.isfile(self.output):
-            raise InputError(f"{self.output}: is not a regular file, and HDF5 needs one")
-        if self._resume or self._overwrite:
-            return
-        if os.path.exists(self.output):
-            raise InputError(f"{self.output}: exists; replace it with --overwrite")
-        if os.path.exists(self.path(MANIFEST)):
-            raise InputError(
-                f"{self.output}: an interrupted build is in {self.folder}; "
-                "go on with --resume, or start anew with --overwrite"
-            )
-
-    def __enter__(self) -> Self:
-        try:
-            self._take_lock()
-        except OSError as error:
-            raise self.unwritable(error) from error
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -163,28 +123,11 @@ class PartialBuild:
         try:
             with suppress(OSError):
                 if self.build:  # else nothing was begun, and what is there is not ours to judge
-                    self._remove_leftovers()
+                    self._tidy()
                     if not self.runs:
                         remove(self.path(MANIFEST))
-                if not os.path.exists(self.path(MANIFEST)):
-                    remove(self.path(LOCK))
-                    os.rmdir(self.folder)
+                self._leave_folder()
         finally:
-            self._lock.close()
-
-    def _take_lock(self) -> None:
-        while True:
-            os.makedirs(self.folder, exist_ok=True)
-            self._lock = open(self.path(LOCK), "a")  # noqa: SIM115
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                self._lock.close()
-                raise InputError(f"{self.output}: another process is writing it now") from error
-            # The last owner may have deleted the file between our opening and locking it.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path(LOCK))):
-                    return
             self._lock.close()
 
     def begin(self, build: Build, sources: Sequence[Source], done: Build | None) -> bool:
@@ -204,17 +147,14 @@ class PartialBuild:
         """
         build = json.loads(json.dumps(build))
         files = [_progress(source) for source in sources]
-        manifest = self._read_manifest() if self._resume else None
+        manifest = self._read_manifest()
         if self._resume and os.path.exists(self.output):
             difference = "it is no corpus of this version" if done is None else _difference(done, build)
             if not difference:
                 self.build = build
                 self.finish()
                 return True
-            if manifest is None:
-                raise InputError(f"{self.output}: cannot resume: {difference}; replace it with --overwrite")
-            if not manifest["overwrite"]:
-                raise InputError(f"{self.output}: another build has made it meanwhile; move it away to resume")
+            self._refuse_other_output(manifest, difference)
         if manifest is not None:
             if difference := _difference(manifest["build"], build):
                 raise InputError(f"{self.output}: cannot resume: {difference}; start anew with --overwrite")
@@ -237,22 +177,10 @@ class PartialBuild:
         self.build = build
         try:
             self._write_manifest(self._state)
-            self._remove_leftovers()
+            self._tidy()
         except OSError as error:
             raise self.unwritable(error) from error
         return False
-
-    def _read_manifest(self) -> dict[str, Any] | None:
-        try:
-            with open(self.path(MANIFEST), encoding="utf-8") as file:
-                manifest: dict[str, Any] = json.load(file)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.path(MANIFEST)}: cannot be read; start anew with --overwrite") from error
-        if manifest.get("schema") != SCHEMA:
-            raise InputError(f"{self.folder}: was made by another version; start anew with --overwrite")
-        return manifest
 
     @property
     def files(self) -> list[Progress]:
@@ -308,56 +236,20 @@ class PartialBuild:
             raise self.unwritable(error) from error
 
     def _write_manifest(self, state: _State) -> None:
-        manifest = {
-            "schema": SCHEMA,
-            "build": self.build,
-            "overwrite": self._overwrite,
-            "files": [asdict(file) for file in state.files],
-            "runs": [asdict(run) for run in state.runs],
-        }
-        temporary = self.path(MANIFEST + ".tmp")
-        handle = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
-        try:
-            write_all(handle, memoryview(json.dumps(manifest).encode()))
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.replace(temporary, self.path(MANIFEST))
-        flush_folder(self.folder)
+        files, runs = ([asdict(item) for item in items] for items in (state.files, state.runs))
+        self._replace_manifest({"build": self.build, "files": files, "runs": runs})
         self._state = state
-
-    def claim_name(self) -> None:
-        """Refuses to replace an output that appeared meanwhile, unless this build may overwrite.
-
-        Raises:
-            InputError: there is one.
-        """
-        if not self._overwrite and os.path.exists(self.output):
-            raise InputError(f"{self.output}: was made meanwhile; move it away and go on with --resume")
 
     def finish(self) -> None:
         """Forgets everything, after the output has its name. The folder goes when the context is left."""
-        remove(self.path(MANIFEST))
+        super().finish()
         self._state = _State()
 
-    def path(self, name: str) -> str:
-        """Where a file of the folder is."""
-        return os.path.join(self.folder, name)
+    def _safe(self) -> str:
+        return f"{sum(run.rows for run in self.runs):,} rows" if self.runs else ""
 
-    def unwritable(self, error: OSError) -> ProteinBertError:
-        """The error to raise when writing failed."""
-        why = error.strerror or str(error).splitlines()[0]
-        safe = ""
-        if self.runs:
-            rows = sum(run.rows for run in self.runs)
-            safe = f"; {rows:,} rows are safe in {self.folder}, go on with --resume"
-        return ProteinBertError(f"{self.output}: cannot be written: {why}{safe}")
-
-    def _remove_leftovers(self) -> None:
-        named = {run.file for run in self.runs}
-        for name in os.listdir(self.folder):
-            if name.startswith(("run-", "corpus.tmp", MANIFEST + ".tmp")) and name not in named:
-                remove(self.path(name))
+    def _tidy(self) -> None:
+        self._remove_leftovers(("run-", "corpus.tmp", MANIFEST + ".tmp"), {run.file for run in self.runs})
 
 
 def _progress(source: Source) -> Progress:
