@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from proteinbert_fast.benchmark.picture import figure_type
 from proteinbert_fast.benchmark.report import markdown
 from proteinbert_fast.config import ProteinBertConfig
 from proteinbert_fast.errors import InputError
@@ -338,14 +339,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     Raises:
         InputError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            "a picture needs matplotlib: pip install 'proteinbert-fast[plots]' (tables are written without it)"
-        ) from error
+    figure_class = figure_type()
     e, plan, band = found["environment"], found["plan"], 100 * found["band"]
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    figure = figure_class(figsize=(10, 7.5), layout="constrained")
     losses, distances = figure.subplots(2, 1, height_ratios=[3, 2], sharex=True)
     interpreted, sizes = " (interpreter)" if e["interpreted"] else "", plan["config"]
     figure.suptitle(

@@ -12,13 +12,14 @@ from proteinbert_fast.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _OURS, _OTHERS, _PROBES = "#1b6ca8", "#b9bec5", "#e8c36a"
 _SHORT_DTYPE = {"float32": "float32", "bfloat16": "bf16"}
 
 
-def draw(report: Report, path: Path) -> None:
-    """Draws a panel per table and one for memory.
+def figure_type() -> "type[Figure]":
+    """Matplotlib's figure.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -29,13 +30,23 @@ def draw(report: Report, path: Path) -> None:
         raise InputError(
             "a picture needs matplotlib: pip install 'proteinbert-fast[plots]' (tables are written without it)"
         ) from error
+    return Figure
+
+
+def draw(report: Report, path: Path) -> None:
+    """Draws a panel per table and one for memory.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    figure_class = figure_type()
     panels = [(group, table, rows) for group, all_rows in report.groups for table, rows in _tables(all_rows)]
     bars = [(group, table, rows) for group, table, rows in panels if group.name != "memory"]
     lines = [rows for group, rows in report.groups if group.name == "memory" and any(row.bytes for row in rows)]
     heights = [0.9 + 0.3 * len(rows) for _, _, rows in bars] + [4.2] * len(lines)
     if not heights:
         raise InputError("nothing was measured: there is nothing to draw")
-    figure = Figure(figsize=(10, sum(heights) + 1.0), layout="constrained")
+    figure = figure_class(figsize=(10, sum(heights) + 1.0), layout="constrained")
     axes: list[Axes] = list(figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     e = report.environment
     figure.suptitle(

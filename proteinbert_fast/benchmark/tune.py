@@ -11,10 +11,7 @@ is that process; it prints a JSON line when a candidate begins and one when it h
 """
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -25,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-import proteinbert_fast
+from proteinbert_fast.benchmark import apart
 from proteinbert_fast.benchmark.cases import Ready
 from proteinbert_fast.benchmark.gpu.bench import NO_GPU, Bench
 from proteinbert_fast.benchmark.gpu.operations import OPERATIONS, Inputs, Operation, Tensors, same
@@ -377,28 +374,10 @@ def outcome_of(lines: Sequence[str]) -> Outcome:
 
 def _process(job: Job, wanted: Sequence[tuple[Any, ...]]) -> tuple[list[str], str]:
     """Lines that the search printed in a process of its own, and how that ended."""
-    paths = [str(Path(proteinbert_fast.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     seconds = _START_SECONDS + _CANDIDATE_SECONDS * len(wanted)
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=errors,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
-        )
-        try:
-            process.communicate(json.dumps({"job": job, "candidates": wanted}), timeout=seconds)
-            end = f"its process ended with exit code {process.returncode}"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            end = f"its process was ended after {seconds:.0f} s"
-        out.seek(0)
-        errors.seek(0)
-        last = (errors.read().strip().splitlines() or [""])[-1][:200]
-        return out.read().splitlines(), f"{end} {last}".strip()
+    ended = apart.run(__name__, {"job": job, "candidates": wanted}, seconds)
+    last = (ended.errors or [""])[-1][:200]
+    return ended.output, f"{ended.end} {last}".strip()
 
 
 def device_timer(bench: Bench) -> Timer:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from proteinbert_fast.benchmark.registry import GROUPS
 from proteinbert_fast.benchmark.settings import DTYPES, Settings
+from proteinbert_fast.cli.arguments import names, positive
 
 TUNED_DTYPES = ("bfloat16", "float16", "tf32", "float32")
 
@@ -33,12 +34,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--groups", type=_names(tuple(GROUPS)), default=tuple(GROUPS), metavar="A,B", help=f"of {', '.join(GROUPS)}"
+        "--groups", type=names(tuple(GROUPS)), default=tuple(GROUPS), metavar="A,B", help=f"of {', '.join(GROUPS)}"
     )
-    parser.add_argument("--dtypes", type=_names(DTYPES), default=DTYPES, metavar="A,B", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--rounds", type=_positive, default=defaults.rounds, metavar="N", help="default: %(default)s")
+    parser.add_argument("--dtypes", type=names(DTYPES), default=DTYPES, metavar="A,B", help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--rounds", type=positive, default=defaults.rounds, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--proteins", type=_positive, default=defaults.proteins, metavar="N", help="at most; default: %(default)s"
+        "--proteins", type=positive, default=defaults.proteins, metavar="N", help="at most; default: %(default)s"
     )
     parser.add_argument("--fasta", metavar="F", help="draw them from this file, not from the 400 that come along")
     parser.add_argument(
@@ -49,7 +50,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument(
         "--tune",
-        type=_names(TUNED_DTYPES),
+        type=names(TUNED_DTYPES),
         nargs="?",
         const=TUNED_DTYPES,
         metavar="A,B",
@@ -58,7 +59,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument(
         "--d-local",
-        type=_positive,
+        type=positive,
         default=128,
         metavar="N",
         help="with --tune: width of the local states; %(default)s",
@@ -110,21 +111,3 @@ def _tune(args: argparse.Namespace) -> int:
     written = tune(args.tune, [args.d_local], lambda line: print(line, file=sys.stderr, flush=True))
     print(f"written: {written}", file=sys.stderr)
     return 0
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
-
-
-def _names(known: tuple[str, ...]) -> "type[tuple[str, ...]]":
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(text.split(",")))
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
-        return names
-
-    return parse  # type: ignore[return-value]

@@ -8,22 +8,18 @@ has ended, so that whoever started it knows how far it came when it crashes.
 
 import copy
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import proteinbert_fast
+from proteinbert_fast.benchmark import apart
 from proteinbert_fast.benchmark import inputs as proteins
 from proteinbert_fast.benchmark.cases import Check
 from proteinbert_fast.benchmark.gpu.operations import OPERATIONS, Inputs, Operation, Tensors, compared, error, same
@@ -242,27 +238,8 @@ def run_apart(settings: GpuSettings, precisions: Sequence[Precision], device: to
 
 def _process(settings: GpuSettings, precision: Precision, device: torch.device) -> list[Outcome]:
     job = {"settings": settings.to_dict(), "precision": precision.name, "device": str(device)}
-    folder = Path(proteinbert_fast.__file__).parents[1]
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=errors,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
-        )
-        try:
-            process.communicate(json.dumps(job), timeout=settings.apart_seconds)
-            end = f"its process ended with exit code {process.returncode}"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            end = f"ended after {settings.apart_seconds:.0f} s"
-        out.seek(0)
-        errors.seek(0)
-        return outcomes_of(out.read().splitlines(), end, errors.read().strip().splitlines())
+    ended = apart.run(__name__, job, settings.apart_seconds)
+    return outcomes_of(ended.output, ended.end, ended.errors)
 
 
 def outcomes_of(lines: Sequence[str], end: str, errors: Sequence[str]) -> list[Outcome]:

@@ -17,6 +17,7 @@ from proteinbert_fast.benchmark.gpu.precision import PRECISIONS
 from proteinbert_fast.benchmark.gpu.report import GpuReport, write
 from proteinbert_fast.benchmark.gpu.settings import GpuSettings
 from proteinbert_fast.benchmark.timing import Row
+from proteinbert_fast.cli.arguments import names
 from proteinbert_fast.errors import InputError, first_line
 from proteinbert_fast.ops.backends import check_backend
 
@@ -59,9 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = sections.SECTIONS
-    parser.add_argument("--sections", type=_names(known), default=known, metavar="A,B",
+    parser.add_argument("--sections", type=names(known), default=known, metavar="A,B",
                         help=f"of {', '.join(known)}; without checks, kernels are not known to be right")  # fmt: skip
-    parser.add_argument("--precisions", type=_names(tuple(PRECISIONS)), metavar="A,B",
+    parser.add_argument("--precisions", type=names(tuple(PRECISIONS)), metavar="A,B",
                         help=f"of {', '.join(PRECISIONS)}")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="DIR",
                         help="default: benchmarks/results/DATE-DEVICE in a checkout; without a GPU, none")  # fmt: skip
@@ -71,17 +72,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--interpreter", action="store_true",
                         help="tiny sizes in Triton's interpreter on the CPU, to see that everything works")  # fmt: skip
     return parser
-
-
-def _names(known: tuple[str, ...]) -> "type[tuple[str, ...]]":
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(text.split(",")))
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
-        return names
-
-    return parse  # type: ignore[return-value]
 
 
 def _device(interpreted: bool) -> tuple[torch.device | None, str | None]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from proteinbert_fast.benchmark.gpu.bench import KERNELS
 from proteinbert_fast.benchmark.gpu.report import TRIAL, GpuReport
 from proteinbert_fast.benchmark.gpu.sections import compiled, forward, long
+from proteinbert_fast.benchmark.picture import figure_type
 from proteinbert_fast.benchmark.timing import Row, percentiles
 from proteinbert_fast.errors import InputError
 
@@ -22,12 +23,7 @@ def draw(report: GpuReport, path: Path) -> None:
     Raises:
         InputError: matplotlib is not installed, or nothing was measured.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            "a picture needs matplotlib: pip install 'proteinbert-fast[plots]' (tables are written without it)"
-        ) from error
+    figure_class = figure_type()
     rows = [row for row in report.rows if row.seconds and row.case.probe is None]
     rates = [row for row in rows if row.case.table in {forward.TABLE, compiled.TABLE}]
     lengths = [row for row in rows if row.case.table in {long.ONE, long.MANY, long.LARGEST}]
@@ -38,7 +34,7 @@ def draw(report: GpuReport, path: Path) -> None:
     if not panels:
         raise InputError("nothing was measured: there is nothing to draw")
     heights = [4.0 if panel is _lengths else 1.0 + 0.3 * len(members) for panel, members in panels]
-    figure = Figure(figsize=(10, sum(heights) + 1), layout="constrained")
+    figure = figure_class(figsize=(10, sum(heights) + 1), layout="constrained")
     axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     e = report.environment
     figure.suptitle(

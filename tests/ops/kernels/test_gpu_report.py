@@ -191,4 +191,4 @@ def test_checks_in_a_process_of_their_own():
     assert all(outcome.passed or "InterpreterError" in outcome.found for outcome in found), found
     assert found[0].passed
     ended = checks.run_apart(replace(settings, apart_seconds=0.01), [PRECISIONS["float32"]], device)["float32"]
-    assert ended == [("local_block", False, "ended after 0 s")]
+    assert ended == [("local_block", False, "its process was ended after 0 s")]
