@@ -471,6 +471,14 @@ def test_a_benchmark_without_validation_file_is_divided_by_its_sequences(program
     assert sorted(train.sequences + held_out) == sorted(s for s, _ in rows)
 
 
+def test_benchmark_files_that_are_cut_short(programs, tmp_path: Path):
+    task = programs.probes.Task("t", "t", "AUC")
+    whole = gzip.compress(b"seq,label\n" + b"MKT,1\n" * 5000)
+    (tmp_path / "t.train.csv.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"t\.train\.csv\.gz: is damaged or cut short: "):
+        programs.probes.read_examples(tmp_path, task)
+
+
 def test_letters_by_hand(programs):
     of_protein = programs.probes.composition(["AACX"], "protein")
     assert of_protein.shape == (1, 21)

@@ -84,6 +84,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     if args.benchmarks is not None:
         _need("sklearn", "probes need scikit-learn: pip install scikit-learn")
+    # Read before anything is measured: a file that cannot be used is said at once.
+    examples = [(task, probes.read_examples(args.benchmarks, task)) for task in probes.TASKS if args.benchmarks]
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = args.dtype
     if dtype == "auto":
@@ -121,7 +123,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "corpus": facts,
         "sequence": sequence,
         "go": go,
-        "probes": None if args.benchmarks is None else _probes(args, {TRAINED: model, UNTRAINED: untrained}, dtype),
+        "probes": _probes(args, examples, {TRAINED: model, UNTRAINED: untrained}, dtype) if examples else None,
         "environment": {
             "proteinbert_fast": __version__, "torch": torch.__version__, "python": platform.python_version(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "dtype": dtype,
@@ -168,10 +170,11 @@ def _go_terms(
     }  # fmt: skip
 
 
-def _probes(args: argparse.Namespace, models: Mapping[str, ProteinBert], dtype: str) -> list[dict[str, Any]]:
+def _probes(
+    args: argparse.Namespace, examples: Sequence[tuple[probes.Task, Any]], models: Mapping[str, ProteinBert], dtype: str
+) -> list[dict[str, Any]]:
     rows = []
-    for task in probes.TASKS:
-        train, validation, source = probes.read_examples(args.benchmarks, task)
+    for task, (train, validation, source) in examples:
         sizes = {"train_of": len(train), "validation_of": len(validation)}
         part = LABELLED_THROUGHOUT if task.per == "residue" else 1
         train = train.sample(max(args.max_train // part, 1), args.seed)

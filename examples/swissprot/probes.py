@@ -8,6 +8,7 @@ fine-tuning; they compare representations.
 import csv
 import gzip
 import hashlib
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,13 @@ def read_examples(folder: Path, task: Task) -> tuple[Examples, Examples, str]:
 
 
 def _read(path: Path, task: Task) -> Examples:
+    try:
+        return _rows(path, task)
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: is damaged or cut short: {error}") from error
+
+
+def _rows(path: Path, task: Task) -> Examples:
     sequences, labels = [], []
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = csv.DictReader(file)  # labels stay text: leading zeros count

@@ -71,6 +71,12 @@ def sha256_of(path: Path) -> str:
         raise CheckpointError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
+def flush_file(path: Path) -> None:
+    """Returns when a file that another library wrote is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def flush_directory(directory: Path) -> None:
     """Make a rename in ``directory`` survive a power cut."""
     if os.name == "nt":  # Windows has no handle on a directory to flush

@@ -156,9 +156,11 @@ def _ranks(device: str | None) -> Iterator[int]:
     import torch
     import torch.distributed as dist
 
+    from proteinbert_fast.devices import checked_device
+
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(checked_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}"))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         yield dist.get_rank()

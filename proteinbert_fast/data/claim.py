@@ -9,7 +9,6 @@ Whatever counts is in the manifest, which is replaced as a whole after what it n
 killed at any moment: the rest is deleted by the next one.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Collection, Iterator
@@ -18,7 +17,7 @@ from typing import Any, ClassVar, Self
 
 import h5py
 
-from proteinbert_fast.data.disk import Sink, flush_folder, remove, write_all
+from proteinbert_fast.data.disk import Sink, flush_folder, remove, take_lock, write_all
 from proteinbert_fast.errors import InputError, ProteinBertError
 
 MANIFEST = "manifest.json"
@@ -84,17 +83,13 @@ class Claim:
     def _take_lock(self) -> None:
         while True:
             os.makedirs(self.folder, exist_ok=True)
-            self._lock = open(self.path(LOCK), "a")  # noqa: SIM115
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock = take_lock(self.path(LOCK))
             except BlockingIOError as error:
-                self._lock.close()
                 raise InputError(f"{self.output}: another process is writing it now") from error
-            # The last owner may have deleted the file between our opening and locking it.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path(LOCK))):
-                    return
-            self._lock.close()
+            except FileNotFoundError:  # the last owner has just removed the folder
+                continue
+            return
 
     def _leave_folder(self) -> None:
         """Removes the folder if there is nothing to go on with."""

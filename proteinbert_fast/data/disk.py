@@ -1,9 +1,10 @@
 """Writing so that a full disk, a kill or a power cut never leaves half a file under a name that counts."""
 
+import fcntl
 import io
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -96,6 +97,29 @@ def write_all(file: int, data: memoryview) -> None:
     """Writes everything to a file descriptor, however often the system has to be asked."""
     while data:
         data = data[os.write(file, data) :]
+
+
+def take_lock(path: str) -> TextIO:
+    """A lock on a file, made if need be, until what is returned is closed or the process ends.
+
+    The owner may remove the file before that: whoever waits for it then makes a new one.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: the file cannot be made.
+    """
+    while True:
+        lock = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise
+        # The last owner may have removed the file between our opening and locking it.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                return lock
+        lock.close()
 
 
 def remove(path: str) -> None:

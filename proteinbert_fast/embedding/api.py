@@ -20,6 +20,7 @@ from tqdm import tqdm
 from proteinbert_fast._version import __version__
 from proteinbert_fast.data.fasta import Duplicates, Lowercase, check_choice
 from proteinbert_fast.data.prefetch import Prefetched
+from proteinbert_fast.devices import checked_device
 from proteinbert_fast.embedding.hdf5 import Contents, write_output
 from proteinbert_fast.embedding.partial import PartialRun, Run
 from proteinbert_fast.embedding.pipeline import NUMPY_DTYPE, Embedder, Plan, Window, windows
@@ -521,15 +522,7 @@ def _device(device: str | torch.device | None, model: Path | ProteinBert) -> tor
         if isinstance(model, ProteinBert):
             return None
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device {device!r} is unknown; try cpu, cuda or cuda:0") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {device}: there is no such GPU here; `proteinbert-fast doctor` says what there is")
-    if device.type not in {"cpu", "cuda"}:
-        raise InputError(f"device {device}: only cpu and cuda are supported")
-    return device
+    return checked_device(device)
 
 
 def _digest(model: ProteinBert) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import tomllib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from os import PathLike, fspath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -232,4 +232,4 @@ def read_config(path: str | PathLike[str], **changes: Any) -> PretrainingConfig:
             options = tomllib.load(file)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{name}: is not TOML: {error}") from None
-    return replace(PretrainingConfig.from_dict(options, name), **changes)
+    return PretrainingConfig.from_dict(options | changes, name)

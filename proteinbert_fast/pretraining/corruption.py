@@ -43,7 +43,7 @@ def corrupt_tokens(
         probability: of a replacement.
 
     Returns:
-        A batch of the same layout on the same device. No GPU is waited for.
+        A batch of the same layout on the same device. No GPU is waited for where ``records`` lie on it.
 
     Raises:
         InputError: records, seed, step or probability are out of range.

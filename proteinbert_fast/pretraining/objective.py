@@ -46,16 +46,17 @@ def make_task(
         device: that the task is for.
         hide: probability that a protein is shown without any term, in the place of the configuration's.
     """
-    clean = (batch.tokens.pin_memory() if device.type == "cuda" else batch.tokens).to(device, non_blocking=True)
-    noisy = corrupt_tokens(clean, batch.views, seed=config.seed, step=0, probability=config.replace_probability)
-    shown = corrupt_annotations(
-        batch.terms, n_terms, batch.views, seed=config.seed, step=0, remove=config.remove_probability,
-        add=config.add_probability, hide=config.hide_probability if hide is None else hide,
-    )  # fmt: skip
 
     def moved(values: Tensor) -> Tensor:
         return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
+    clean = (batch.tokens.pin_memory() if device.type == "cuda" else batch.tokens).to(device, non_blocking=True)
+    views = moved(torch.as_tensor(batch.views))
+    noisy = corrupt_tokens(clean, views, seed=config.seed, step=0, probability=config.replace_probability)
+    shown = corrupt_annotations(
+        batch.terms, n_terms, batch.views, seed=config.seed, step=0, remove=config.remove_probability,
+        add=config.add_probability, hide=config.hide_probability if hide is None else hide,
+    )  # fmt: skip
     weights = moved(batch.is_annotated.to(torch.float32))
     return Task(
         noisy, clean, (moved(shown[0]), moved(shown[1])), (moved(batch.terms[0]), moved(batch.terms[1])), weights

@@ -1,6 +1,7 @@
 """The log of a pretraining run as a picture: both losses against what was seen, by length. Needs matplotlib."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def curves(rows: Iterable[dict[str, Any]], by: By = "records") -> list[Curve]:
 
     def add(row: dict[str, Any], found: dict[str, Any], length: str, is_training: bool) -> None:
         for loss in LOSSES:
-            if isinstance(found.get(loss), int | float):
+            if isinstance(found.get(loss), int | float) and math.isfinite(found[loss]):
                 points.setdefault((loss, length, is_training), []).append((row[by], found[loss]))
 
     for row in rows:

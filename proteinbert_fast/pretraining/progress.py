@@ -1,6 +1,7 @@
 """What a run says as it runs: a line for a person, rows for a file, curves for TensorBoard."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -27,8 +28,8 @@ class Log:
         kept = 0
         if path.exists():
             with path.open("rb") as file:
-                for line in file:
-                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                for number, line in enumerate(file, 1):
+                    if not line.endswith(b"\n") or _step_of(line, path, number) > step:
                         break
                     kept += len(line)
         self._file = path.open("ab")
@@ -46,6 +47,13 @@ class Log:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _step_of(line: bytes, path: Path, number: int) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}:{number}: is no row of a pretraining log; move the file away to go on") from None
 
 
 class TensorBoard:
@@ -94,16 +102,23 @@ class Meter:
         config: of the run.
         sizes: of the model.
         device: that it runs on.
+        n_ranks: that share a batch, each on such a device.
         shows: whether to show the line.
         step: that the run goes on from.
     """
 
     def __init__(
-        self, config: PretrainingConfig, sizes: ProteinBertConfig, device: torch.device, shows: bool, step: int
+        self,
+        config: PretrainingConfig,
+        sizes: ProteinBertConfig,
+        device: torch.device,
+        n_ranks: int,
+        shows: bool,
+        step: int,
     ) -> None:
         self._config, self._flops = config, training_flops_per_token(sizes)
         self._per_protein = training_flops_per_protein(sizes)
-        self._peak = matrix_rate(device, config.precision)
+        self._peak = n_ranks * matrix_rate(device, config.precision)
         self._started = self._since = time.monotonic()
         self._tokens = self._proteins = self._n = 0
         self._losses = [0.0, 0.0]
@@ -124,35 +139,43 @@ class Meter:
         """Hears of a step."""
         self._tokens += step.n_tokens
         self._proteins += step.n_proteins
-        self._n += 1
-        self._losses = [self._losses[0] + token_loss, self._losses[1] + annotation_loss]
+        if math.isfinite(token_loss + annotation_loss):  # not so where a step was skipped
+            self._n += 1
+            self._losses = [self._losses[0] + token_loss, self._losses[1] + annotation_loss]
         if self._bar is not None:
             self._bar.update()
 
-    def row(self) -> dict[str, float]:
-        """Means since the last row; starts anew."""
+    def row(self) -> dict[str, float | None]:
+        """Means since the last row, None where no step of it had a finite loss; starts anew."""
         seconds = max(time.monotonic() - self._since, 1e-9)
         rate = self._tokens / seconds
         flops = (self._tokens * self._flops + self._proteins * self._per_protein) / seconds
+        token_loss, annotation_loss = (total / self._n if self._n else None for total in self._losses)
         row = {
-            "token_loss": self._losses[0] / self._n,
-            "annotation_loss": self._losses[1] / self._n,
+            "token_loss": token_loss,
+            "annotation_loss": annotation_loss,
             "residues_per_second": round(rate, 1),
             "share_of_matrix_peak": round(flops / self._peak, 4),
         }
         if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"loss {row['token_loss']:.3f} + {row['annotation_loss']:.4f}, {rate:,.0f} residues/s, "
-                f"{flops / self._peak:.0%} of peak"
-            )
-        self.restart()
-        return row
-
-    def restart(self) -> None:
-        """Leaves out what was done since the last row, such as a validation."""
+            losses = f"loss {token_loss or math.nan:.3f} + {annotation_loss or math.nan:.4f}"
+            self._bar.set_postfix_str(f"{losses}, {rate:,.0f} residues/s, {flops / self._peak:.0%} of peak")
         self._since = time.monotonic()
         self._tokens = self._proteins = self._n = 0
         self._losses = [0.0, 0.0]
+        return row
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that went to something else than training, such as a validation."""
+        self._since += seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next row's means need, as JSON can hold it; not the speed, which begins anew."""
+        return {"losses": self._losses, "n": self._n}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where ``state_dict`` was taken."""
+        self._losses, self._n = list(state["losses"]), state["n"]
 
     def close(self) -> None:
         """Ends the line."""

@@ -5,6 +5,7 @@ the same for any number of ranks, and ``run.json`` with everything that is no te
 written under another name, flushed, and renamed; what a kill leaves behind has that other name and is swept away later.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -25,11 +26,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from proteinbert_fast._version import __version__
-from proteinbert_fast.checkpoints.files import flush_directory, one_line, sha256_of, write_atomically
+from proteinbert_fast.checkpoints.files import flush_directory, flush_file, one_line, sha256_of, write_atomically
 from proteinbert_fast.errors import CheckpointError
 
 FORMAT = "proteinbert_fast pretraining checkpoint"
-VERSION = 1
+VERSION = 2
 T = TypeVar("T")
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -73,11 +74,15 @@ def _write(target: Path, step: int, state: RunState) -> str | None:
         partial.mkdir()
         with _quiet():
             save(dict(state.tensors), storage_writer=HuggingFaceStorageWriter(str(partial)), no_dist=True)
-        digests = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
+        files = sorted(partial.iterdir())
+        for path in files:
+            flush_file(path)
+        digests = {path.name: sha256_of(path) for path in files}
         facts = {
             "format": FORMAT, "format_version": VERSION, "version": __version__, "step": step, "sha256": digests,
             **state.facts,
         }  # fmt: skip
+        facts["own_sha256"] = _own_digest(facts)
         write_atomically(partial / _RUN, [(json.dumps(facts, indent=1) + "\n").encode()])
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
@@ -98,6 +103,8 @@ def load_state(path: Path) -> RunState:
         facts = json.loads((path / _RUN).read_bytes())
         if facts["format"] != FORMAT or facts["format_version"] != VERSION:
             raise CheckpointError(f"{path / _RUN}: is a checkpoint of another format than {VERSION}")
+        if facts.pop("own_sha256") != _own_digest(facts):
+            raise CheckpointError(f"{path / _RUN}: is damaged: it is not what was written")
         for name, digest in facts["sha256"].items():
             if sha256_of(path / name) != digest:
                 raise CheckpointError(f"{path / name}: is damaged: it is not what was written")
@@ -112,6 +119,10 @@ def load_state(path: Path) -> RunState:
     except (OSError, KeyError, TypeError, ValueError, CheckpointException) as error:
         raise CheckpointError(f"{path}: is damaged or cannot be read: {_reason(error)}") from error
     return RunState(tensors, facts)
+
+
+def _own_digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from proteinbert_fast.pretraining.config import PretrainingConfig
 
-# The original's epochs have 100 batches, whose mean loss must fall by Keras's usual 1e-4 within 20 epochs.
+# The original's epochs have 100 batches, whose mean loss must fall by Keras's usual 1e-4 within 20 epochs: the 20th
+# without that lowers the rate, where PyTorch's schedule of that patience waits for a 21st.
 PLATEAU_STEPS, _PATIENCE, _FACTOR, _MIN_DELTA = 100, 20, 0.8, 1e-4
 
 
@@ -28,7 +29,7 @@ class LearningRate:
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate
             self._plateau = ReduceLROnPlateau(
-                optimizer, factor=_FACTOR, patience=_PATIENCE, threshold=_MIN_DELTA, threshold_mode="abs",
+                optimizer, factor=_FACTOR, patience=_PATIENCE - 1, threshold=_MIN_DELTA, threshold_mode="abs",
                 min_lr=config.lowest_learning_rate, eps=0.0,
             )  # fmt: skip
             self._rate = config.learning_rate
@@ -43,8 +44,8 @@ class LearningRate:
         return rate
 
     def after(self, loss: float) -> None:
-        """Hears the training loss of a step."""
-        if self._plateau is None:
+        """Hears the training loss of a step. That of a step that was skipped, NaN or infinite, does not count."""
+        if self._plateau is None or not math.isfinite(loss):
             return
         self._sum, self._n = self._sum + loss, self._n + 1
         if self._n == PLATEAU_STEPS:

@@ -10,10 +10,10 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from proteinbert_fast.checkpoints import GoTerm
-from proteinbert_fast.checkpoints.files import write_atomically
+from proteinbert_fast.checkpoints.files import one_line, write_atomically
 from proteinbert_fast.data.corpus import Corpus
+from proteinbert_fast.data.disk import take_lock
 from proteinbert_fast.data.loader import Loader, Step, numbers_of
 from proteinbert_fast.data.prefetch import Prefetched
 from proteinbert_fast.data.sampling import Cursor
-from proteinbert_fast.errors import CheckpointError, InputError
+from proteinbert_fast.devices import checked_device
+from proteinbert_fast.errors import BackendError, CheckpointError, InputError
 from proteinbert_fast.model import ProteinBert
 from proteinbert_fast.ops.backends import Backend
 from proteinbert_fast.pretraining.config import PretrainingConfig
@@ -49,7 +51,7 @@ from proteinbert_fast.pretraining.validation import validate
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE, LOG_FILE, MODEL_FOLDER, CHECKPOINTS = "config.json", "log.jsonl", "model", "checkpoints"
+CONFIG_FILE, LOG_FILE, MODEL_FOLDER, CHECKPOINTS, LOCK = "config.json", "log.jsonl", "model", "checkpoints", "lock"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -98,14 +100,23 @@ def pretrain(
         progress: show a line of progress on stderr.
 
     Raises:
-        InputError: the corpus cannot be read, has too few proteins, or the folder holds another run.
+        InputError: the corpus cannot be read or has too few proteins; the folder holds another run, or another process
+            is training there.
         CheckpointError: a checkpoint is damaged or cannot be written.
         NonFiniteError: gradients hold NaN or infinity; names the parameters.
+        BackendError: the device's memory does not suffice.
     """
     config = config or PretrainingConfig()
-    with Corpus(corpus) as opened:
-        run = _Run(opened, Path(folder), config, tuple(hidden_ids), _device(device), backend, resume, progress)
-        return run.run(should_stop)
+    with Corpus(corpus) as opened, _claimed(Path(folder)):
+        try:
+            run = _Run(opened, Path(folder), config, tuple(hidden_ids), _device(device), backend, resume, progress)
+            return run.run(should_stop)
+        except torch.OutOfMemoryError as error:
+            most = config.tokens_per_pass or config.tokens_per_batch
+            raise BackendError(
+                f"the GPU's memory does not suffice for {most:,} tokens at a time: a smaller tokens_per_pass gives the "
+                'same step in more parts, and save = "inputs" keeps less'
+            ) from error
 
 
 class _Run:
@@ -139,6 +150,7 @@ class _Run:
         self.counts = {"records": 0, "residues": 0, "skipped": 0, "seconds": 0.0}
         self.best: dict[str, Any] = {"step": -1, "loss": math.inf}
         self.validation: dict[str, Any] = {}
+        self.sums: dict[str, Any] = {}  # the meter's, of the steps since the last row of the log
         self._start_or_resume(resume)
         self.objective: nn.Module = Objective(self.model)
         if self.n_ranks > 1:
@@ -148,7 +160,9 @@ class _Run:
             )
         self.board = TensorBoard(folder, self.step) if is_first() and config.tensorboard else None
         self.log = Log(folder / LOG_FILE, self.step) if is_first() else None
-        self.meter = Meter(config, self.model.config, device, progress and is_first(), self.step)
+        self.meter = Meter(config, self.model.config, device, self.n_ranks, progress and is_first(), self.step)
+        if self.sums:
+            self.meter.load_state_dict(self.sums)
 
     def run(self, should_stop: Callable[[], bool]) -> Pretrained:
         config = self.config
@@ -216,15 +230,7 @@ class _Run:
                 # DistributedDataParallel takes the mean over ranks, where the sum is meant.
                 self.scaler.scale(loss * self.n_ranks).backward()
             sums += torch.stack([tokens.detach(), annotations.detach()]).double() * counts
-        self.scaler.unscale_(self.optimizer)
-        if config.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        # Loss scaling has a check of its own, whose infinities are part of its work.
-        if self.scaler.is_enabled() or check_gradients(self.model, config.nonfinite):
-            self.scaler.step(self.optimizer)
-        else:
-            self.counts["skipped"] += 1
-        self.scaler.update()
+        self._move_weights()
         for mean, p in zip(self.ema, self.model.parameters(), strict=bool(self.ema)):
             mean.lerp_(p.detach(), 1 - config.ema)
         if is_distributed():
@@ -238,14 +244,34 @@ class _Run:
         self.meter.add(step, token_loss, annotation_loss)
         if self.step % config.log_every == 0 or self.step == config.steps:
             self._record(
-                {"kind": "train", "epoch": step.epoch, "loss": loss_value, "learning_rate": rate}
+                {"kind": "train", "epoch": step.epoch, "loss": loss_value if math.isfinite(loss_value) else None}
+                | {"learning_rate": rate}
                 | ({"window": step.window} if config.batches == "episodes" else {})
                 | self.meter.row()
             )
 
+    def _move_weights(self) -> None:
+        """The optimiser's step, or none where gradients are not finite.
+
+        Infinities are part of finding a loss scale: they end a run only where no smaller scale would help.
+        """
+        config = self.config
+        self.scaler.unscale_(self.optimizer)
+        may_stop = not self.scaler.is_enabled() or self.scaler.get_scale() <= 1
+        is_finite = check_gradients(self.model, config.nonfinite if may_stop else "skip")
+        if not is_finite:
+            self.counts["skipped"] += 1
+        elif config.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        if is_finite or self.scaler.is_enabled():  # the scaler has seen the same, and will lower the scale
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+
     def _validate(self) -> None:
+        began = time.monotonic()
         with self._averaged(), self._autocast():
             found = validate(self.model, self.corpus, self.config, self.device, self.rank, self.n_ranks)
+        self.meter.leave_out(time.monotonic() - began)
         if found is None:
             return
         self.validation = {"step": self.step, **found}
@@ -253,7 +279,6 @@ class _Run:
         if loss < self.best["loss"]:
             self.best = {"step": self.step, "loss": loss}
         self._record({"kind": "validation", "is_best": self.best["step"] == self.step, **found})
-        self.meter.restart()
 
     def _record(self, row: dict[str, Any]) -> None:
         seconds = self.counts["seconds"] + self.meter.seconds
@@ -284,8 +309,9 @@ class _Run:
             "scaler": self.scaler.state_dict(),
             "best": self.best,
             "validation": self.validation,
-            "ranks": self.n_ranks,
+            "meter": self.meter.state_dict(),
             "torch": torch.__version__,
+            **self._machine(),
         }
         on_host = {name: value.detach().cpu().contiguous() for name, value in tensors.items()} if is_first() else {}
         save_state(self.folder / CHECKPOINTS, self.step, RunState(on_host, facts))
@@ -295,15 +321,25 @@ class _Run:
 
     def _start_or_resume(self, resume: bool) -> None:
         found = from_first(checkpoints(self.folder / CHECKPOINTS))
+        there = from_first({name for name in (CONFIG_FILE, MODEL_FOLDER) if (self.folder / name).exists()})
         if found and not resume:
             raise InputError(
                 f"{self.folder}: holds a run already, with a checkpoint of step {found[-1][0]:,}: go on with it "
                 "(--resume), or choose another folder"
             )
+        if MODEL_FOLDER in there and not found:
+            raise InputError(
+                f"{self.folder}: holds the {MODEL_FOLDER} of a run whose checkpoints are gone: choose another folder, "
+                "or move this one away"
+            )
+        if there and not found and not resume:
+            raise InputError(
+                f"{self.folder}: holds a run that was stopped before its first checkpoint: begin it again (--resume), "
+                "or choose another folder"
+            )
         if found:
             self._load(found[-1][1])
-        elif is_first():
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if is_first():
             facts = {"corpus": self.corpus.fingerprint, "config": self.config.to_dict()}
             write_atomically(self.folder / CONFIG_FILE, [(json.dumps(facts, indent=1) + "\n").encode()])
 
@@ -324,6 +360,7 @@ class _Run:
                 raise InputError(f"{path}: is of another run: other proteins had their GO terms hidden")
             self.step, self.cursor = step, Cursor.from_json(facts["cursor"])
             self.counts, self.best, self.validation = facts["counts"], facts["best"], facts["validation"]
+            self.sums = facts["meter"]
             self.rate.load_state_dict(facts["learning_rate"])
             self.scaler.load_state_dict(facts["scaler"])
             self._load_tensors(state.tensors)
@@ -331,10 +368,9 @@ class _Run:
             if isinstance(error, InputError):
                 raise
             raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {error}") from error
-        if facts["ranks"] != self.n_ranks and is_first():
-            logger.warning(
-                "%s was written by %d ranks: on %d, sums round otherwise", path, facts["ranks"], self.n_ranks
-            )
+        for name, now in self._machine().items():
+            if facts[name] != now and is_first():
+                logger.warning("%s: %s was %s, is %s: sums may round otherwise", path, name, facts[name], now)
 
     def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
         def below(prefix: str) -> dict[str, Tensor]:
@@ -352,6 +388,11 @@ class _Run:
         number = {id(p): i for i, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"])}
         state = {number[id(named[name])]: values for name, values in moments.items()}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+
+    def _machine(self) -> dict[str, Any]:
+        """What else than corpus, options and versions may decide how sums round."""
+        threads = torch.get_num_threads() if self.device.type == "cpu" else None
+        return {"ranks": self.n_ranks, "device": self.device.type, "threads": threads}
 
     def _newest(self) -> tuple[int, Path]:
         return from_first(checkpoints(self.folder / CHECKPOINTS))[-1]
@@ -419,14 +460,37 @@ def make_optimizer(model: nn.Module, config: PretrainingConfig) -> torch.optim.O
     return (Lamb if config.optimizer == "lamb" else KerasAdam)(groups, **options)
 
 
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Two processes never write one run. Under torchrun, the first rank has it for all."""
+    lock: TextIO | None = None
+    complaint = None
+    if is_first():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = take_lock(str(folder / LOCK))
+        except BlockingIOError:
+            complaint = f"{folder}: another process is training there now"
+        except OSError as error:
+            complaint = f"{folder}: cannot be used as the folder of a run: {one_line(error)}"
+    if complaint := from_first(complaint):
+        raise InputError(complaint)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            (folder / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # it is empty only where nothing was begun
+                folder.rmdir()
+            lock.close()
+
+
 def _device(wanted: torch.device | str | None) -> torch.device:
     if wanted is None:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(wanted)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {wanted}: there is no CUDA GPU, or this PyTorch is built without CUDA")
+    device = checked_device(wanted)
     if str(device) == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = checked_device(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -104,6 +104,22 @@ def test_ranks_share_each_batch(corpus, n_ranks):
             assert all(part.tokens.n_rows <= 900 or len(part.tokens) == 1 for part in s.parts)
 
 
+@pytest.mark.parametrize("n_ranks", [1, 3])
+@pytest.mark.parametrize("cutting", CUTTINGS[:2], ids=str)
+def test_every_protein_once_in_an_epoch(corpus, cutting, n_ranks):
+    """Views count up from epoch to epoch: all of the first two epochs come, each once, in whatever batch and rank."""
+    loaders = [Loader(corpus, cutting, seed=3, gap=20, rank=r, n_ranks=n_ranks) for r in range(n_ranks)]
+    numbers = set(np.flatnonzero(corpus.split == TRAIN).tolist())
+    views: list[int] = []
+    for steps in zip(*(loader.steps() for loader in loaders), strict=True):
+        views += [v for s in steps for part in s.parts if part.is_real for v in part.views.tolist()]
+        if min(views[-5:]) >= 3 * len(corpus):  # nothing of the first two epochs is left to come
+            break
+    assert len(views) == len(set(views))
+    for epoch in (0, 1):
+        assert {v - epoch * len(corpus) for v in views if v // len(corpus) == epoch} == numbers
+
+
 def test_hidden_terms(corpus):
     hidden = np.zeros(len(corpus), bool)
     hidden[::2] = True

@@ -84,6 +84,16 @@ def test_training_is_smoothed_over_a_fiftieth():
         np.testing.assert_allclose(smoothed(line, reach), line)
 
 
+def test_losses_that_are_not_finite_are_left_out(tmp_path: Path):
+    row = {"kind": "train", "step": 1, "records": 1, "residues": 1, "annotation_loss": None}
+    values = [3.0, float("nan"), None, 1.0]
+    rows = [{**row, "step": i, "records": i, "token_loss": value} for i, value in enumerate(values, 1)]
+    (line,) = curves(rows)
+    assert line.y.tolist() == [3.0, 1.0]
+    draw(rows, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
 def test_read_log(tmp_path: Path):
     """The file or its folder; a line that is still being written is none."""
     log = write(tmp_path / "log.jsonl", ROWS)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from proteinbert_fast import ProteinBert
 from proteinbert_fast.data.corpus import Corpus
+from proteinbert_fast.data.disk import take_lock
 from proteinbert_fast.errors import CheckpointError, InputError, NonFiniteError
 from proteinbert_fast.pretraining import run_state, trainer
 from proteinbert_fast.pretraining.config import PretrainingConfig, read_config
@@ -33,7 +35,7 @@ MODERN = replace(
 )  # fmt: skip
 KINDS = {
     "paper": SMALL,
-    "modern": MODERN,
+    "modern": replace(MODERN, log_every=3, validate_every=4),
     "wsd, 16 bits": replace(MODERN, schedule="wsd", decay_steps=4, precision="bfloat16"),
     # CPUs take long for products of this precision.
     "loss scaling": replace(SMALL, precision="float16", steps=8, tokens_per_batch=250, window=60),
@@ -287,6 +289,8 @@ def test_the_end_of_wsd_may_be_moved_before_the_decay(small_corpus, tmp_path):
     pretrain(small_corpus, tmp_path / "run", replace(config, steps=9, decay_steps=2), resume=True)
     with pytest.raises(InputError, match="steps is 12, was 9"):
         pretrain(small_corpus, tmp_path / "run", config, resume=True)
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (kept["steps"], kept["decay_steps"]) == (9, 2)
 
 
 def test_checkpoints_that_are_kept(small_corpus, tmp_path):
@@ -331,8 +335,6 @@ def test_a_damaged_checkpoint_is_refused(small_corpus, tmp_path, name, harm):
         # Then it is none, as one that was never finished.
         assert run_state.checkpoints(folder / "checkpoints") == []
         return
-    if name == "run.json" and harm == "flip":
-        return  # a digit of the version of PyTorch, say: nothing depends on it
     with pytest.raises(CheckpointError, match=str(done.checkpoint)):
         pretrain(small_corpus, folder, SMALL, resume=True)
 
@@ -349,6 +351,92 @@ def test_gradients_that_are_not_finite(small_corpus, tmp_path, monkeypatch):
     done = pretrain(small_corpus, tmp_path / "skip", replace(SMALL, steps=2, nonfinite="skip", validate_every=0))
     assert done.is_complete
     assert log(tmp_path / "skip")[1]["skipped"] == 2
+
+
+def test_the_parameter_that_is_not_finite_is_named(small_corpus, tmp_path, monkeypatch):
+    """Clipping, which divides all gradients by a norm that is NaN then, must not hide it."""
+    plain = trainer.Objective.forward
+
+    def spoiled(objective: Any, task: Any) -> Any:
+        tokens, annotations = plain(objective, task)
+        bias = objective.model.token_head.bias
+        return tokens + (bias * float("inf")).sum() * 0, annotations
+
+    monkeypatch.setattr(trainer.Objective, "forward", spoiled)
+    with pytest.raises(NonFiniteError, match=r"gradients of 1 parameters hold NaN or infinity: token_head\.bias$"):
+        pretrain(small_corpus, tmp_path / "run", replace(SMALL, steps=2, clip=1.0))
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_loss_scaling_counts_what_it_skips_and_gives_up(small_corpus, tmp_path, monkeypatch, nonfinite):
+    """Infinities lower the scale; where it reaches 1 without an end to them, "stop" stops."""
+    plain = trainer.Objective.forward
+
+    def spoiled(objective: Any, task: Any) -> Any:
+        tokens, annotations = plain(objective, task)
+        return tokens * float("inf"), annotations
+
+    monkeypatch.setattr(trainer.Objective, "forward", spoiled)
+    config = replace(
+        SMALL, precision="float16", nonfinite=nonfinite, clip=1.0, steps=20, tokens_per_batch=250, window=60,
+        schedule="plateau", validate_every=0, log_every=20,
+    )  # fmt: skip
+    if nonfinite == "stop":
+        with pytest.raises(NonFiniteError, match="hold NaN or infinity"):
+            pretrain(small_corpus, tmp_path / "run", config)
+    else:
+        assert pretrain(small_corpus, tmp_path / "run", config).is_complete
+        row = log(tmp_path / "run")[0]
+        assert row["skipped"] == 20
+        assert (row["loss"], row["token_loss"]) == (None, None)
+
+
+def test_two_processes_never_write_one_run(small_corpus, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with (
+        take_lock(str(folder / "lock")),
+        pytest.raises(InputError, match=r"run: another process is training there now"),
+    ):
+        pretrain(small_corpus, folder, SMALL, resume=True)
+    assert pretrain(small_corpus, folder, replace(SMALL, steps=1, validate_every=0)).is_complete
+    assert not (folder / "lock").exists()
+
+
+def test_what_a_folder_holds_is_never_overwritten(small_corpus, tmp_path):
+    folder = tmp_path / "run"
+    config = replace(SMALL, steps=1, validate_every=0)
+    pretrain(small_corpus, folder, config)
+    before = (folder / "log.jsonl").read_bytes()
+    shutil.rmtree(folder / "checkpoints")
+    for resume in (False, True):
+        with pytest.raises(InputError, match="holds the model of a run whose checkpoints are gone"):
+            pretrain(small_corpus, folder, config, resume=resume)
+    shutil.rmtree(folder / "model")
+    with pytest.raises(InputError, match="was stopped before its first checkpoint: begin it again"):
+        pretrain(small_corpus, folder, config)
+    assert (folder / "log.jsonl").read_bytes() == before
+    assert pretrain(small_corpus, folder, config, resume=True).is_complete
+
+
+def test_a_log_that_is_none_is_left_alone(small_corpus, tmp_path):
+    pretrain(small_corpus, tmp_path / "run", SMALL, should_stop=stop_after(2))
+    (tmp_path / "run" / "log.jsonl").write_text("my notes\n")
+    with pytest.raises(InputError, match=r"log\.jsonl:1: is no row of a pretraining log; move the file away"):
+        pretrain(small_corpus, tmp_path / "run", SMALL, resume=True)
+    assert (tmp_path / "run" / "log.jsonl").read_text() == "my notes\n"
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77", "meta"])
+def test_unknown_devices(small_corpus, tmp_path, device):
+    with pytest.raises(InputError, match=f"^device '?{device}'?"):
+        pretrain(small_corpus, tmp_path / "run", SMALL, device=device)
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_win_over_the_file_before_it_is_checked(tmp_path):
+    (tmp_path / "run.toml").write_text("schedule = 'wsd'\nsteps = 100\n")
+    assert read_config(tmp_path / "run.toml", decay_steps=10).decay_steps == 10
 
 
 @pytest.mark.parametrize(
