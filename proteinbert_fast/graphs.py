@@ -60,6 +60,7 @@ class GraphedForward:
         self.model = model
         self._graphs: dict[_Size, _Graph] = {}
         self._made_for: object = None
+        self._done: torch.cuda.Event | None = None
         self._lock = threading.Lock()
 
     def __call__(
@@ -85,21 +86,31 @@ class GraphedForward:
                 return self._run(batch.to(device), annotations, hidden_states, attentions)
         rows = -(-batch.n_rows // ROWS) * ROWS
         size = _Size(rows, 1 << (len(batch) - 1).bit_length(), batch.gap, hidden_states, attentions)
-        with self._lock, torch.no_grad():
+        # Buffers made in inference mode could not be written outside it.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             self._forget_if_changed()
             if size not in self._graphs:
                 self._graphs[size] = self._capture(size, device)
             graph = self._graphs[size]
+            self._wait(device)
             graph.tokens[: batch.n_rows].copy_(batch.tokens, non_blocking=True)
             graph.tokens[batch.n_rows :] = GAP
-            places = torch.zeros(2, size.proteins, dtype=torch.int64)
+            places = torch.zeros(2, size.proteins, dtype=torch.int64, pin_memory=device.type == "cuda")
             # Places of no protein lie behind all rows and are empty.
             places[0] = rows
             places[0, : len(batch)] = torch.from_numpy(batch.host_starts.copy())
             places[1, : len(batch)] = torch.from_numpy(batch.host_lengths.copy())
-            graph.places.copy_(places)
+            graph.places.copy_(places, non_blocking=True)
             graph.replay()
-            return _part_of(graph.out, batch, device)
+            out = _part_of(graph.out, batch, device)
+            if device.type == "cuda":
+                self._done = torch.cuda.current_stream(device).record_event()
+            return out
+
+    def _wait(self, device: torch.device) -> None:
+        """The last call's output was copied, also if that was on another stream."""
+        if self._done is not None:
+            torch.cuda.current_stream(device).wait_event(self._done)
 
     def _run(
         self,
@@ -113,7 +124,7 @@ class GraphedForward:
         return out
 
     def _forget_if_changed(self) -> None:
-        from proteinbert_fast.ops.kernels.launching import product_precision
+        from proteinbert_fast.ops.precision import product_precision
 
         model, dtype = self.model, self.model.compute_dtype()
         made_for = (dtype, product_precision(dtype), [p.data_ptr() for p in model.parameters()])

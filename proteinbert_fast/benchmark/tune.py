@@ -171,7 +171,8 @@ class Search:
 
     def _shipped(self) -> tuple[Any, ...]:
         from proteinbert_fast.ops.kernels import tuning
-        from proteinbert_fast.ops.kernels.launching import capability_of, product_precision
+        from proteinbert_fast.ops.kernels.launching import capability_of
+        from proteinbert_fast.ops.precision import product_precision
 
         module, rows = _module(self.job.kernel), self._made(False).rows
         with tuning.using(None), PRECISIONS[self.job.dtype].active():

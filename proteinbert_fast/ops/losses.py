@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from proteinbert_fast.ops.operators import operator
+
 _LOGITS_AT_ONCE = 1 << 20
 
 
@@ -28,15 +30,14 @@ def define_token_loss(
         backward: of the sum's gradient, the same, the logarithms, and whether gradients of the states and of the head
             are wanted: those of states, weight and bias, (0,) where not wanted.
     """
-    operator = torch.library.custom_op(f"proteinbert_fast::{name}", forward, mutates_args=())
-    operator_backward = torch.library.custom_op(f"proteinbert_fast::{name}_backward", backward, mutates_args=())
+    loss, loss_backward = operator(name)(forward), operator(f"{name}_backward")(backward)
 
-    @operator.register_fake
+    @loss.register_fake
     def _(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         dtype = at_least_float32(x)
         return x.new_empty((), dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
 
-    @operator_backward.register_fake
+    @loss_backward.register_fake
     def _(
         gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, weights: Tensor, logs: Tensor,
         wants_states: bool, wants_head: bool,
@@ -48,13 +49,13 @@ def define_token_loss(
 
     def differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         states, head, bias = ctx.needs_input_grad[:3]
-        dx, dw, db = operator_backward(gradient, *ctx.saved_tensors, states, head or bias)
+        dx, dw, db = loss_backward(gradient, *ctx.saved_tensors, states, head or bias)
         return (dx if states else None), (dw if head else None), (db if bias else None), None, None
 
-    operator.register_autograd(differentiate, setup_context=keep)
+    loss.register_autograd(differentiate, setup_context=keep)
 
     def apply(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        total: Tensor = operator(x, weight, bias, targets, weights.detach().to(at_least_float32(x)))[0]
+        total: Tensor = loss(x, weight, bias, targets, weights.detach().to(at_least_float32(x)))[0]
         return total
 
     return apply
@@ -73,16 +74,15 @@ def define_annotation_loss(
         backward: of the sum's gradient, the same, and whether gradients of the states and of the head are wanted:
             those of states, weight and bias, (0,) where not wanted.
     """
-    operator = torch.library.custom_op(f"proteinbert_fast::{name}", forward, mutates_args=())
-    operator_backward = torch.library.custom_op(f"proteinbert_fast::{name}_backward", backward, mutates_args=())
+    loss, loss_backward = operator(name)(forward), operator(f"{name}_backward")(backward)
 
-    @operator.register_fake
+    @loss.register_fake
     def _(
         x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, weights: Tensor, term_weights: Tensor | None
     ) -> Tensor:
         return x.new_empty((), dtype=at_least_float32(x))
 
-    @operator_backward.register_fake
+    @loss_backward.register_fake
     def _(
         gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, weights: Tensor,
         term_weights: Tensor | None, wants_states: bool, wants_head: bool,
@@ -97,10 +97,10 @@ def define_annotation_loss(
     def differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         states, head, bias = ctx.needs_input_grad[:3]
         saved = ctx.saved_tensors if ctx.has_term_weights else (*ctx.saved_tensors, None)
-        dx, dw, db = operator_backward(gradient, *saved, states, head or bias)
+        dx, dw, db = loss_backward(gradient, *saved, states, head or bias)
         return (dx if states else None), (dw if head else None), (db if bias else None), None, None, None
 
-    operator.register_autograd(differentiate, setup_context=keep)
+    loss.register_autograd(differentiate, setup_context=keep)
 
     def apply(
         x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, weights: Tensor, term_weights: Tensor | None = None
@@ -108,7 +108,7 @@ def define_annotation_loss(
         dtype = at_least_float32(x)
         weights = weights.detach().to(dtype)
         term_weights = None if term_weights is None else term_weights.detach().to(dtype)
-        total: Tensor = operator(x, weight, bias, targets, weights, term_weights)
+        total: Tensor = loss(x, weight, bias, targets, weights, term_weights)
         return total
 
     return apply

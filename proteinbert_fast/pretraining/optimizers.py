@@ -10,6 +10,7 @@ the usual LAMBs leave out the bias correction, clip, or spare biases and norms.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -167,11 +168,16 @@ def _spread(numbers: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     On a GPU, ``_foreach`` operations take all tensors at once only where those of a pair are alike in shape; with
     numbers as they are, each tensor would have a launch of its own.
     """
-    rows = [-(-t.numel() // _ROW) for t in like]
-    counts = torch.tensor(rows, device=numbers.device)
-    of_rows = numbers.repeat_interleave(counts, output_size=sum(rows))
-    parts = torch.split(of_rows[:, None].expand(-1, _ROW).contiguous(), rows)
+    rows = tuple(-(-t.numel() // _ROW) for t in like)
+    of_rows = numbers.repeat_interleave(_on_device(rows, numbers.device), output_size=sum(rows))
+    parts = torch.split(of_rows[:, None].expand(-1, _ROW).contiguous(), list(rows))
     return tuple(part.view(-1)[: t.numel()].view(t.shape) for part, t in zip(parts, like, strict=True))
+
+
+@lru_cache(maxsize=64)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers that are the same in every step: brought to the device once, because a GPU is waited for then."""
+    return torch.tensor(numbers, device=device)
 
 
 class KerasAdam(_Moments):

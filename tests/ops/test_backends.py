@@ -1,6 +1,7 @@
 """Which back end is chosen, and that a slower choice is said, once."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,46 @@ def test_wrong_gradients_are_found_where_they_are_wanted(monkeypatch):
         assert self_check.complaint(cpu, CONFIG, torch.float32) is None
     with pytest.warns(RuntimeWarning, match="gradients are off by 2.0e-01 of their length, allowed 0.001"):
         assert self_check.complaint(cpu, CONFIG, torch.float32)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_checking_leaves_no_trace_in_generators(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.manual_seed(3)
+    seeded.clear()
+    state = torch.get_rng_state()
+    self_check.difference(torch.device("cpu"), CONFIG, torch.float32, backend="cpu")
+    self_check.gradient_difference(torch.device("cpu"), CONFIG, torch.float32, backend="cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not seeded
+
+
+@pytest.mark.usefixtures("fresh")
+def test_settings_of_either_kind_are_understood(monkeypatch):
+    """PyTorch refuses to be asked the old way once a program has set TF32 in the new one."""
+    monkeypatch.setattr(self_check, "_check", lambda kind: f"exact: {kind.is_exact}")
+    matmul = torch.backends.cuda.matmul
+    try:
+        matmul.fp32_precision = "tf32"
+        with pytest.warns(RuntimeWarning):
+            assert self_check.complaint(torch.device("cpu"), CONFIG, torch.float32) == "exact: False"
+    finally:
+        matmul.fp32_precision = "ieee"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_what_a_check_found_holds_under_compile(monkeypatch):
+    from proteinbert_fast.model import ProteinBert
+
+    monkeypatch.setattr(backends, "_is_gpu", lambda _: True)
+    monkeypatch.setattr(backends, "choose", lambda *_: backends.Choice(SimpleNamespace(name="triton"), "for a test"))
+    monkeypatch.setattr(self_check, "complaint", lambda *_: "wrong")
+    model = ProteinBert(ProteinBertConfig(n_annotations=5, d_local=32, d_global=64, n_blocks=1, n_heads=2, d_key=16))
+    assert "fail their self-check: wrong" in model.backend_report()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(self_check, "complaint", lambda *_: pytest.fail("checked while it is compiled"))
+    assert "fail their self-check: wrong" in model.backend_report()
 
 
 def test_gradients_of_the_cpu_back_end_pass(monkeypatch):

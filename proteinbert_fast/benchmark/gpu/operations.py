@@ -129,7 +129,8 @@ def tile_rows(inputs: Inputs, kernel: str = "local_block") -> int:
     import sys
 
     from proteinbert_fast.ops import kernels
-    from proteinbert_fast.ops.kernels.launching import capability_of, product_precision
+    from proteinbert_fast.ops.kernels.launching import capability_of
+    from proteinbert_fast.ops.precision import product_precision
 
     module = sys.modules[f"{kernels.__name__}.{kernel}"]
     channels, dtype = inputs.config.d_local, inputs.precision.dtype

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import LOG2_E, gelu, tanh
-from proteinbert_fast.ops.kernels.launching import capability_of, has_matrix_units, padded, product_precision
+from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES, capability_of, has_matrix_units, padded
+from proteinbert_fast.ops.precision import product_precision
 from proteinbert_fast.packing import cut_into_spans
 
 SPAN = 512
@@ -67,7 +68,7 @@ def _head_matrix(W, head, SIZE: tl.constexpr, PADDED: tl.constexpr, D: tl.conste
     return tl.load(W + at, mask=(outputs < SIZE)[:, None], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
 def span_sums_kernel(
     LOCAL, QUERY, KEY, VALUE, STARTS, LENGTHS, SPAN_PROTEIN, FIRST_SPAN, SUMS, n_proteins,
     D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PADDED: tl.constexpr, V_PADDED: tl.constexpr,
@@ -127,7 +128,7 @@ def span_sums_kernel(
                 tl.store(out + H * V + H + columns, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
 def add_spans_kernel(
     SUMS, FIRST_SPAN, COARSE_PROTEIN, FIRST_COARSE, COARSE_SUMS, n_proteins,
     WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, AT_ONCE: tl.constexpr,
@@ -147,7 +148,7 @@ def add_spans_kernel(
         tl.store(COARSE_SUMS + coarse * WIDTH + columns, total, mask=columns < WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
 def weights_kernel(
     LOCAL, QUERY, KEY, DENOMINATOR, SEGMENTS, WEIGHTS, n_rows,
     D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, M: tl.constexpr, SCALE: tl.constexpr,

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from proteinbert_fast.ops.kernels.activations import LOG2_E, gelu_and_slope, tanh
 from proteinbert_fast.ops.kernels.global_attention import SPAN, SpanSums, add_spans, projected
-from proteinbert_fast.ops.kernels.launching import capability_of, has_matrix_units, padded, product_precision
+from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES, capability_of, has_matrix_units, padded
 from proteinbert_fast.ops.kernels.local_block_backward import add_parts
+from proteinbert_fast.ops.precision import product_precision
 
 _PROGRAMS = 264
 
@@ -51,7 +52,7 @@ def _softmax_weight(key, query, denominator, inside, SCALE: tl.constexpr):
     return tl.where(inside, tl.exp2(logit) / denominator, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
 def attention_rows_gradient_kernel(
     LOCAL, QUERY, KEY, VALUE, STARTS, LENGTHS, SPAN_PROTEIN, FIRST_SPAN, POOLED, DENOMINATOR, D_POOLED, D_MEAN,
     D_LOCAL, D_QUERY, n_proteins,
@@ -115,7 +116,7 @@ def attention_rows_gradient_kernel(
         tl.store(out, d_query, mask=(heads < H)[:, None] & (keys < K)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
 def attention_weights_gradient_kernel(
     LOCAL, QUERY, KEY, VALUE, STARTS, LENGTHS, SPAN_PROTEIN, FIRST_SPAN, POOLED, DENOMINATOR, D_POOLED, PARTS,
     n_proteins, n_spans, spans_each,

@@ -15,7 +15,9 @@ from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels.activations import gelu, layer_norm, tanh
 from proteinbert_fast.ops.kernels.global_attention import SPAN, SpanSums, attention_weights, span_sums
-from proteinbert_fast.ops.kernels.launching import capability_of, has_matrix_units, padded, product_precision
+from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES, capability_of, has_matrix_units, padded
+from proteinbert_fast.ops.operators import operator
+from proteinbert_fast.ops.precision import product_precision
 from proteinbert_fast.ops.recompute import recomputed
 from proteinbert_fast.ops.reference import (
     GlobalBlockWeights,
@@ -73,7 +75,7 @@ def _added(SUMS, first, n_spans, most, columns, inside, WIDTH: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
 def global_track_kernel(
     STATE, SUMS, FIRST_SPAN, LENGTHS, DENSE1, DENSE1_BIAS, NORM1, NORM1_BIAS, DENSE2, DENSE2_BIAS, NORM2, NORM2_BIAS,
     QUERY_WEIGHT, WORD_WEIGHT, WORD_BIAS, HIDDEN, OUT, DENOMINATOR, POOLED, QUERY, WORD, MEAN, n_proteins,
@@ -199,7 +201,7 @@ def launch(
 _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("proteinbert_fast::global_track", mutates_args=())
+@operator("global_track")
 def _global_track(
     local: Tensor, state: Tensor, query: Tensor, weights: list[Tensor], starts: Tensor, lengths: Tensor,
     segments: Tensor, span_protein: Tensor, first_span: Tensor, n_heads: int, longest: int, return_attention: bool,
@@ -242,7 +244,7 @@ def _(
     )
 
 
-@torch.library.custom_op("proteinbert_fast::global_track_backward", mutates_args=())
+@operator("global_track_backward")
 def _global_track_backward(
     d_hidden: Tensor | None, d_out: Tensor, d_query: Tensor | None, d_word: Tensor | None, d_mean: Tensor | None,
     local: Tensor, state: Tensor, query: Tensor, hidden: Tensor, out: Tensor, next_query: Tensor, pooled: Tensor,

@@ -8,22 +8,14 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = 75  # compute capability 7.5, Turing
+# Arguments of kernels that change from batch to batch. Triton would compile one kernel for 1, another for multiples of
+# 16, and a third for the rest, whenever a batch is the first of its kind.
+SIZES_OF_BATCHES = ("n_rows", "n_proteins", "n_spans", "spans_each", "rows_each", "n_tiles", "n_parts", "n_slopes")
 
 
 def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter on the CPU (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") not in {"", "0"}
-
-
-def product_precision(dtype: torch.dtype) -> str:
-    """How float32 products are formed: exactly, or in TF32 where PyTorch's own products may be."""
-    if dtype != torch.float32:
-        return "ieee"
-    # allow_tf32 may not be read once a program has used the settings that replace it.
-    precision = torch.backends.cuda.matmul.fp32_precision
-    if precision == "none":
-        precision = torch.backends.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if precision == "tf32" else "ieee"
 
 
 def has_matrix_units(capability: int, dtype: torch.dtype, precision: str) -> bool:

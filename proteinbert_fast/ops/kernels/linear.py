@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels.activations import LOG2_E, activate
-from proteinbert_fast.ops.kernels.launching import capability_of, has_matrix_units, product_precision
+from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES, capability_of, has_matrix_units
+from proteinbert_fast.ops.operators import operator
+from proteinbert_fast.ops.precision import product_precision
 from proteinbert_fast.ops.reference import Message, MessageWeights
 
 _ROWS = 16  # as few as the matrix units take: most calls have a row per protein
@@ -20,7 +22,7 @@ _INPUTS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 _ACTIVATIONS = ("none", "gelu", "tanh", "sigmoid", "softmax")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
 def linear_kernel(
     X, W, BIAS, OUT, n_rows, n_inputs, n_columns,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
@@ -53,7 +55,7 @@ def linear_kernel(
     tl.store(OUT + rows[:, None] * n_columns + columns[None, :], out, mask=in_rows & in_columns[None, :])
 
 
-@torch.library.custom_op("proteinbert_fast::linear", mutates_args=())
+@operator("linear")
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype, by_row: bool
 ) -> Tensor:

@@ -16,12 +16,14 @@ from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import gelu, kept_16_bit, layer_norm
 from proteinbert_fast.ops.kernels.launching import (
+    SIZES_OF_BATCHES,
     capability_of,
     has_matrix_units,
     is_interpreted,
     padded,
-    product_precision,
 )
+from proteinbert_fast.ops.operators import operator
+from proteinbert_fast.ops.precision import product_precision
 from proteinbert_fast.ops.reference import Embedded, LocalBlockWeights
 from proteinbert_fast.packing import PackedBatch
 
@@ -112,7 +114,7 @@ def _look_up(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
 def local_block_kernel(
     X_TILES, W_TILES, LOCAL_TILES, X, TOKENS, BROADCAST, SEGMENTS, NARROW_BIAS, WIDE_BIAS, NORM1_WEIGHT, NORM1_BIAS,
     DENSE, DENSE_BIAS, NORM2_WEIGHT, NORM2_BIAS, HIDDEN, LOCAL, NARROW, WIDE, first, n_rows,
@@ -271,7 +273,7 @@ def implementation(
     return f"portable ({reason})" if reason else "hopper (the tile of x stays in shared memory)"
 
 
-@torch.library.custom_op("proteinbert_fast::local_block", mutates_args=())
+@operator("local_block")
 def _local_block(
     x: Tensor, tokens: Tensor | None, broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor,
     weights: list[Tensor], gap: int, wide_dilation: int, longest: int, keep_hidden: bool, keep_results: bool,
@@ -289,7 +291,7 @@ def _(
     return x.new_empty(hidden), x.new_empty(shape), x.new_empty(results), x.new_empty(results)
 
 
-@torch.library.custom_op("proteinbert_fast::local_block_backward", mutates_args=())
+@operator("local_block_backward")
 def _local_block_backward(
     d_local: Tensor, d_hidden: Tensor | None, x: Tensor, tokens: Tensor | None, narrow: Tensor, wide: Tensor,
     broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor, weights: list[Tensor],

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.ops.kernels.activations import gelu, gelu_and_slope
-from proteinbert_fast.ops.kernels.launching import capability_of, has_matrix_units, padded, product_precision
+from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES, capability_of, has_matrix_units, padded
 from proteinbert_fast.ops.kernels.local_block import HopperConfiguration, convolve, portable_because
 from proteinbert_fast.ops.kernels.protein_sums import protein_sums
+from proteinbert_fast.ops.precision import product_precision
 from proteinbert_fast.ops.reference import LocalBlockWeights
 
 _VECTORS = 7  # norm 1 weight and bias, norm 2 weight and bias, dense, narrow and wide bias
@@ -87,7 +88,7 @@ def _rows_of(X, at, in_batch):
     return tl.load(X + at, mask=in_batch[:, None], other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
 def pointwise_kernel(
     X, TOKENS, NARROW, WIDE, BROADCAST, SEGMENTS, NORM1_WEIGHT, NORM1_BIAS, DENSE, DENSE_BIAS, NORM2_WEIGHT,
     D_LOCAL, D_HIDDEN, D_SUM, D_NARROW, D_WIDE, HIDDEN, D_DENSE, VECTORS, first, n_rows,
@@ -141,7 +142,7 @@ def pointwise_kernel(
     normalised2, scale2 = _normalised(hidden.to(tl.float32) + activated, D, EPSILON)
 
     gradient = tl.load(D_LOCAL + at, mask=inside, other=0.0).to(tl.float32)
-    vectors = VECTORS + program * 7 * D + columns
+    vectors = VECTORS + program.to(tl.int64) * 7 * D + columns
     tl.store(vectors + 2 * D, tl.sum(tl.where(inside, gradient * normalised2, 0.0), axis=0))
     tl.store(vectors + 3 * D, tl.sum(gradient, axis=0))
     gradient = tl.where(inside, _norm_gradient(gradient * norm2, normalised2, scale2, D), 0.0)
@@ -173,7 +174,7 @@ def pointwise_kernel(
     tl.store(D_WIDE + at, d_wide.to(dtype), mask=in_batch[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
 def convolution_gradient_kernel(
     NARROW_TILES, WIDE_TILES, W_TILES, D_SUM, D_X, first, n_rows,
     D: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
@@ -199,7 +200,7 @@ def convolution_gradient_kernel(
     tl.store(D_X + at, total.to(D_X.dtype.element_ty), mask=in_batch)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
 def weight_gradient_kernel(
     GRADIENT, X, PARTS, first, n_rows, rows_each,
     D: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, AT_ONCE: tl.constexpr,
@@ -254,7 +255,7 @@ def _shifted(X, rows, n_rows, first_column, columns, D: tl.constexpr, EMBEDDED: 
         return tl.load(X + rows[:, None] * D + (first_column + columns)[None, :], mask=there[:, None], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
 def add_parts_kernel(PARTS, OUT, n_parts, n, N: tl.constexpr):
     """OUT (n,) = the sum of PARTS (parts, n), in order."""
     at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from proteinbert_fast.errors import BackendError
+from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES
 from proteinbert_fast.ops.kernels.local_block import HopperConfiguration
 from proteinbert_fast.ops.kernels.local_block_backward import HopperWeights
 from proteinbert_fast.ops.kernels.local_block_hopper import (
@@ -35,7 +36,7 @@ TAPS_AT_ONCE = 3  # whose sums fit into the registers of one program
 WEIGHTS_HALO = 16
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES_OF_BATCHES)
 def convolution_gradient_hopper_kernel(
     D_NARROW, D_WIDE, W_TILES, D_SUM, D_X, first, n_rows,
     D: gl.constexpr, TAPS: gl.constexpr, DILATION: gl.constexpr, M: gl.constexpr, CHUNK: gl.constexpr,
@@ -107,7 +108,7 @@ def _copy_rows(
     async_copy.commit_group()
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES_OF_BATCHES)
 def weight_gradient_hopper_kernel(
     GRADIENT, X, PARTS, first, n_rows, rows_each,
     D: gl.constexpr, TAPS: gl.constexpr, DILATION: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr,

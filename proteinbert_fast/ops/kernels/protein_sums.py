@@ -8,12 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from proteinbert_fast.ops.kernels.global_attention import SPAN, SpanSums, add_spans
+from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES
+from proteinbert_fast.ops.operators import operator
 from proteinbert_fast.packing import PackedBatch, cut_into_spans
 
 _ROWS, _COLUMNS = 32, 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
 def row_sums_kernel(
     X, STARTS, LENGTHS, SPAN_PROTEIN, FIRST_SPAN, SUMS, n_proteins, n_columns,
     SPAN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ENDS: tl.constexpr,
@@ -61,7 +63,7 @@ def protein_sums(x: Tensor, starts: Tensor, lengths: Tensor, longest: int, ends:
     return sums[first[:n_proteins].clamp(max=len(sums) - 1)] if n_proteins else sums
 
 
-@torch.library.custom_op("proteinbert_fast::residue_mean", mutates_args=())
+@operator("residue_mean")
 def _residue_mean(x: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor, longest: int) -> Tensor:
     return protein_sums(x, starts, lengths, longest, ends=1) / _n_residues(lengths)
 

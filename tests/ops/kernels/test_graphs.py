@@ -55,6 +55,16 @@ def check(graphed: GraphedForward, sequences, device, **options) -> None:
             assert torch.equal(a, b)
 
 
+def test_inference_mode_once_and_not_again(graphed, device):
+    """Buffers of a first call in inference mode are written outside it."""
+    batch = Tokenizer()(BATCHES[0])
+    with torch.inference_mode():
+        first = graphed(batch).local_rows.clone()
+    with torch.no_grad():
+        assert torch.equal(graphed(batch).local_rows, first)
+    assert torch.equal(graphed(batch).local_rows, first)
+
+
 def test_same_bits_as_the_model(graphed, device):
     for sequences in (*BATCHES, BATCHES[0], BATCHES[2]):
         check(graphed, sequences, device)

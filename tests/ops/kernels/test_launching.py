@@ -1,5 +1,7 @@
 """What every launch needs to know: PyTorch's settings, the device."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -7,7 +9,8 @@ import torch
 
 from proteinbert_fast import ProteinBertConfig, self_check
 from proteinbert_fast.ops.kernels import launching
-from proteinbert_fast.ops.kernels.launching import has_matrix_units, padded, product_precision
+from proteinbert_fast.ops.kernels.launching import has_matrix_units, padded
+from proteinbert_fast.ops.precision import product_precision
 
 
 def test_products_of_float32_follow_the_settings_of_torch():
@@ -28,6 +31,31 @@ def test_products_of_float32_follow_the_settings_of_torch():
     finally:
         torch.backends.fp32_precision = "none"
         matmul.fp32_precision = "ieee"
+
+
+SPECIALISED = """
+import importlib, pkgutil
+from triton.runtime import JITFunction
+from proteinbert_fast.ops import kernels
+found = {}
+for info in pkgutil.iter_modules(kernels.__path__):
+    module = importlib.import_module(f"{kernels.__name__}.{info.name}")
+    for name, function in vars(module).items():
+        if isinstance(function, JITFunction) and name.endswith("_kernel"):
+            sizes = [p for p in function.params if not p.is_constexpr and p.name.islower()]
+            found[name] = {p.name for p in sizes if not p.do_not_specialize}
+            assert any(p.do_not_specialize for p in sizes), name
+assert len(found) > 15, sorted(found)
+print(sorted(set().union(*found.values())))
+"""
+
+
+def test_no_kernel_is_compiled_again_for_another_batch():
+    """What Triton compiles variants for are the sizes of a model, and not those of batches."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", SPECIALISED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['first', 'n', 'n_classes', 'n_columns', 'n_inputs', 'stride']"
 
 
 def test_matrix_units_take_no_exact_float32():
