@@ -68,7 +68,7 @@ class GpuSettings:
     check_lengths: tuple[tuple[int, ...], ...] = CHECK_LENGTHS
     model_lengths: tuple[int, ...] = (0, 1, 7, 62, 131, 350, 509, 1030, 20_011)
     apart: bool = True
-    apart_seconds: float = 150.0
+    apart_seconds: float = 220.0
     matrix_sizes: tuple[int, ...] = (4096, 8192, 16_384)
     copied_bytes: int = 1 << 31
     cached_bytes: int = 1 << 24
