@@ -322,6 +322,25 @@ def test_sequence_losses_are_those_of_each_protein_alone(programs, proteins, sma
                 assert found["losses"][name]["corrupted"][kind] == pytest.approx(nll[wrong].mean().item(), rel=1e-5)
 
 
+def test_what_the_neighbours_say(programs):
+    """With the shown token's evidence taken back, the best guess without neighbours is the frequencies again."""
+    counts = np.arange(1, 27)
+    shown = torch.arange(26).repeat(3)
+    told = torch.from_numpy(programs.held_out.copying(counts)).float()[shown]
+    left = programs.held_out.by_neighbours(told, shown)
+    expected = torch.from_numpy(programs.held_out.unigram(counts)).float()[shown]
+    torch.testing.assert_close(left, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_tables_that_ignore_the_shown_token_are_left_as_they_are(programs, proteins, small_model):
+    unigram, copying = (make(np.arange(1, 27)) for make in (programs.held_out.unigram, programs.held_out.copying))
+    tables = {"unigram": unigram, "copying": copying}
+    losses = programs.held_out.sequence_losses(proteins, {"m": small_model}, tables, 7, torch.no_grad)["losses"]
+    assert losses["unigram"]["by_neighbours"] == losses["unigram"]["corrupted"]
+    assert losses["copying"]["by_neighbours"]["all"] == pytest.approx(losses["unigram"]["corrupted"]["all"], rel=1e-4)
+    assert losses["copying"]["corrupted"]["all"] > losses["copying"]["by_neighbours"]["all"] + 1
+
+
 def test_go_scores_are_those_of_each_protein_alone(programs, proteins, small_model):
     scores = programs.held_out.go_scores(proteins, small_model, torch.no_grad)
     for row, sequence in zip(scores, proteins.sequences, strict=True):
@@ -430,7 +449,7 @@ def test_evaluate(programs, corpus: Path, tmp_path: Path, capsys):
         "this model", "similar proteins, by identity", "similar proteins, by bit score", "term frequencies",
     ]  # fmt: skip
     assert results[0]["go"]["proteins_with_hits"] == 1
-    assert text.count("| this model |") == 3
+    assert text.count("| this model |") == 4
     table = [line for line in text.splitlines() if line.startswith("| this model |")]
     assert table[0].split("|")[2].strip() == f"{losses['this model']['all']['all']:.4f}"
 

@@ -214,10 +214,16 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         f"{sequence['proteins']['all']:,} proteins of whole clusters at 50 % identity that training has not seen, "
         f"{sequence['tokens']['all']:,} tokens, at full length, {sequence['corrupted']['all']:,} of them corrupted as "
         "in pretraining; no GO term is shown. Without neighbours, the best is to trust the token that is shown: hard "
-        "to beat over all tokens, no help where the token is corrupted: there, token frequencies are what to beat.",
+        "to beat over all tokens, no help where the token is corrupted. A model that has learned this trusts the shown "
+        "token, too, and must lose where that is wrong; so the third table takes the trust back by Bayes's rule: what "
+        "is left comes from the neighbours, and token frequencies are what to beat.",
         "",
     ]
-    for kind, title in (("all", "over all tokens"), ("corrupted", "over corrupted tokens alone")):
+    for kind, title in (
+        ("all", "over all tokens"),
+        ("corrupted", "over corrupted tokens alone"),
+        ("by_neighbours", "over corrupted tokens alone, from their neighbours"),
+    ):
         lines += [
             f"Cross entropy in nats per token, {title}, by tokens of the protein:",
             "",
@@ -270,7 +276,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_COUNTS = {"all": "tokens", "corrupted": "corrupted"}
+_COUNTS = {"all": "tokens", "corrupted": "corrupted", "by_neighbours": "corrupted"}
 
 
 def _class_title(name: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from proteinbert_fast import InputError, PackedBatch, ProteinBert, Tokenizer
 from proteinbert_fast.config import VOCABULARY_SIZE
@@ -146,6 +147,19 @@ def copying(counts: npt.NDArray[np.int64], noise: float = NOISE) -> Floats:
     return np.log(joint / joint.sum(1, keepdims=True))
 
 
+def by_neighbours(log_p: Tensor, shown: Tensor, noise: float = NOISE) -> Tensor:
+    """What log probabilities (n, 26) of true tokens come to when the tokens shown in their place (n,) say nothing.
+
+    A model that has learned the corruption trusts the token that it is shown, which is right 19 times in 20. Bayes's
+    rule takes that back: its probabilities are divided by those of showing this token x for each true one y,
+    noise / 26 + (1 - noise) [x = y]. What is left is what it expects from the neighbours.
+    """
+    shows = torch.full((VOCABULARY_SIZE, VOCABULARY_SIZE), noise / VOCABULARY_SIZE) + (1 - noise) * torch.eye(
+        VOCABULARY_SIZE
+    )
+    return (log_p - shows.log()[shown]).log_softmax(-1)
+
+
 @torch.inference_mode()
 def sequence_losses(
     proteins: Proteins,
@@ -167,13 +181,14 @@ def sequence_losses(
 
     Returns:
         ``{"tokens": {class: n}, "corrupted": {class: n}, "proteins": {class: n}, "losses": {name: {"all": {class: x},
-        "corrupted": {class: x}}}}``; the classes are those of CLASSES that occur, and "all". A token is corrupted if
-        another one is shown.
+        "corrupted": {class: x}, "by_neighbours": {class: x}}}}``; the classes are those of CLASSES that occur, and
+        "all". A token is corrupted if another one is shown; the last is over these, of ``by_neighbours``.
     """
     names = [*models, *tables]
     limits = [np.inf if most is None else most for most in CLASSES.values()]
     kinds = np.searchsorted(limits, proteins.tokens)
-    sums = np.zeros((len(names), 2, len(CLASSES)))
+    sums = np.zeros((len(names), 3, len(CLASSES)))
+    ignores = {name for name, table in tables.items() if (table == table[:1]).all()}  # the token that is shown
     counts = np.zeros((2, len(CLASSES)), np.int64)
     on_device = {name: torch.tensor(table, dtype=torch.float32) for name, table in tables.items()}
     for places, clean in proteins.batches(_gap(models)):
@@ -196,6 +211,9 @@ def sequence_losses(
             nll = -log_p.gather(1, true[:, None])[:, 0].double()
             sums[i, 0] += np.bincount(kind, weights=nll, minlength=len(CLASSES))
             sums[i, 1] += np.bincount(kind[is_corrupted], weights=nll[is_corrupted], minlength=len(CLASSES))
+            rest = log_p[is_corrupted] if name in ignores else by_neighbours(log_p[is_corrupted], shown[is_corrupted])
+            nll = -rest.gather(1, true[is_corrupted][:, None])[:, 0].double()
+            sums[i, 2] += np.bincount(kind[is_corrupted], weights=nll, minlength=len(CLASSES))
         on_tokens(clean.n_tokens)
 
     def by_class(values: npt.NDArray[Any]) -> dict[str, Any]:
@@ -211,7 +229,12 @@ def sequence_losses(
         "tokens": {"all": int(counts[0].sum()), **by_class(counts[0])},
         "corrupted": {"all": int(counts[1].sum()), **by_class(counts[1])},
         "losses": {
-            name: {"all": losses(0, sums[i, 0]), "corrupted": losses(1, sums[i, 1])} for i, name in enumerate(names)
+            name: {
+                "all": losses(0, sums[i, 0]),
+                "corrupted": losses(1, sums[i, 1]),
+                "by_neighbours": losses(1, sums[i, 2]),
+            }
+            for i, name in enumerate(names)
         },
     }
 
