@@ -17,8 +17,8 @@ PYTHON ?= python3
 VENV ?= .venv
 FASTA ?= examples/proteins.fasta
 OUT ?= embeddings.h5
-# A folder with a model, an official .pkl, a hub name, or "proteinbert"; empty: an untrained model.
-MODEL ?=
+# Comes with the package; others: "proteinbert" (the official weights), a folder with a model, an official .pkl, a hub name.
+MODEL ?= proteinbert-swissprot
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO ?= pretrain-demo
@@ -85,8 +85,7 @@ $(VENV)/.dev: $(VENV)/.build-tools $(SOURCES)
 	@touch $(VENV)/.base $(VENV)/.test $@
 
 embed: $(VENV)/.base
-	@$(if $(MODEL),,echo "==> NO TRAINED WEIGHTS come with this package yet: random ones show how it runs. 'make embed MODEL=proteinbert' fetches the official ones.")
-	$(BIN)/proteinbert-fast embed $(FASTA) --output $(OUT) --overwrite $(if $(MODEL),--model $(MODEL),--untrained)
+	$(BIN)/proteinbert-fast embed $(FASTA) --output $(OUT) --overwrite --model $(MODEL)
 
 # On all cores (at most 8: each process holds PyTorch), one thread each: threads of several processes would wait for
 # each other. What must not depend on threads asks for its own.

@@ -2,7 +2,7 @@
 
     from proteinbert_fast import ProteinBert, Tokenizer
 
-    model = ProteinBert.from_pretrained("proteinbert")
+    model = ProteinBert.from_pretrained("proteinbert-swissprot")
     out = model(Tokenizer()(["MKTAYIAKQR"]))
     out.local[0], out.global_state
 

@@ -252,7 +252,8 @@ class ProteinBert(nn.Module):
 
         Args:
             name_or_path: a directory, a .safetensors or official .pkl file, a hub repository ("owner/name"), or
-                "proteinbert" for the official weights, which are fetched once.
+                "proteinbert-swissprot" for those that come with this package, "proteinbert" for the official ones,
+                which are fetched once.
             backend: as for the constructor.
             device: where to put the model.
             dtype: floating-point dtype of the weights.

@@ -17,11 +17,13 @@ from proteinbert_fast.data.fasta import read_fasta
 
 ROOT = Path(__file__).parents[1]
 GUIDES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-PAGES = sorted({*GUIDES, *ROOT.glob("*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("benchmarks/*.md")})
+PACKAGE = Path(proteinbert_fast.__file__).parent
+CARDS = sorted(PACKAGE.glob("weights/*/README.md"))
+PAGES = sorted({*GUIDES, *ROOT.glob("*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("benchmarks/*.md"), *CARDS})
 
 
 def name_of(page: Path) -> str:
-    return str(page.relative_to(ROOT))
+    return str(page.relative_to(PACKAGE.parent if PACKAGE in page.parents else ROOT))
 
 
 def run_python(code: str, *options: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -174,11 +176,16 @@ class TestDocuments:
                 continue
             path, _, anchor = target.partition("#")
             linked = (page.parent / path).resolve() if path else page
+            if linked.is_relative_to(ROOT / "proteinbert_fast"):  # the package may be installed elsewhere
+                linked = PACKAGE / linked.relative_to(ROOT / "proteinbert_fast")
             assert linked.exists(), f"{page.name} links to {target}, which is not there"
             if anchor:
                 titles = re.findall(r"^#+ (.+)$", linked.read_text("utf-8"), re.MULTILINE)
                 slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
                 assert anchor in slugs, f"{page.name} links to {target}, which has no such heading"
+
+    def test_there_are_model_cards(self) -> None:
+        assert [card.parent.name for card in CARDS] == ["proteinbert-swissprot"]
 
     def test_every_page_is_in_the_index(self) -> None:
         index = (ROOT / "docs/README.md").read_text("utf-8")

@@ -25,6 +25,7 @@ from proteinbert_fast.checkpoints.restricted_pickle import shown
 from proteinbert_fast.checkpoints.values import GoTerm, LoadedCheckpoint, OptimizerState
 from proteinbert_fast.config import ProteinBertConfig
 from proteinbert_fast.errors import CheckpointError
+from proteinbert_fast.weights import SHIPPED, shipped_directory
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -39,10 +40,10 @@ def load_pretrained(
     """Read a checkpoint and check all of it; no file can run code.
 
     Args:
-        name_or_path: a published name (``"proteinbert"``, the original's weights); a directory with
-            config.json and model.safetensors; an official .pkl; a .safetensors file; or ``owner/name`` on the
-            Hugging Face hub. A published name goes before a directory of that name (``./proteinbert``), an
-            existing path before a hub name.
+        name_or_path: ``"proteinbert-swissprot"``, which comes with this package; ``"proteinbert"``, the original's
+            published weights; a directory with config.json and model.safetensors; an official .pkl; a .safetensors
+            file; or ``owner/name`` on the Hugging Face hub. The two names go before a directory of that name
+            (``./proteinbert``), an existing path before a hub name.
         offline: fetch nothing. None: as PROTEINBERT_FAST_OFFLINE or HF_HUB_OFFLINE say.
         cache_dir: where fetched files are kept. None: PROTEINBERT_FAST_CACHE or ~/.cache/proteinbert_fast,
             and for hub names the hub's own cache.
@@ -53,6 +54,8 @@ def load_pretrained(
             another model.
     """
     name = os.fspath(name_or_path)
+    if isinstance(name_or_path, str) and name in SHIPPED:
+        return replace(read_directory(shipped_directory(name), optimizer=optimizer), source=name)
     if isinstance(name_or_path, str) and name in PUBLISHED:
         path = fetch_published(name, offline=is_offline(offline), cache_dir=cache_directory(cache_dir))
         return replace(read_official(path, optimizer=optimizer), source=name)
@@ -67,8 +70,8 @@ def load_pretrained(
         directory = _fetch_from_hub(name, is_offline(offline), cache_dir, optimizer)
         return replace(read_directory(directory, optimizer=optimizer), source=name)
     raise CheckpointError(
-        f"{shown(name)}: no such file or directory, no hub name (owner/name), and not a published name "
-        f"({', '.join(PUBLISHED)})"
+        f"{shown(name)}: no such file or directory, no hub name (owner/name), and not a known name "
+        f"({', '.join([*SHIPPED, *PUBLISHED])})"
     )
 
 

@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proteinbert_fast.errors import CheckpointError
+from proteinbert_fast.weights import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from proteinbert_fast.model import ProteinBert
 
-DEFAULT_MODEL = "proteinbert"
 EPILOG = """\
 The result is one HDF5 file: ids, lengths and embeddings in the order of the input (docs/embed.md shows how to
 read it). An interrupted run keeps what it has done in OUT.partial; --resume goes on with it.
@@ -62,8 +61,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--model",
         metavar="NAME_OR_PATH",
         default=DEFAULT_MODEL,
-        help="a directory, .safetensors or official .pkl file, a hub name, or proteinbert (default): the "
-        "official weights, fetched once",
+        help=f"{DEFAULT_MODEL} (default), which comes with this package; proteinbert, the official weights, fetched "
+        "once; a directory, .safetensors or official .pkl file, or a hub name",
     )
     model.add_argument("--untrained", action="store_true", help="random weights: to try things out, no biology in it")
     parser.add_argument("--seed", type=int, default=0, help="of --untrained; default: 0")
@@ -117,32 +116,25 @@ def run(args: argparse.Namespace) -> int:
     logger = logging.getLogger("proteinbert_fast")
     if args.quiet:
         logger.setLevel(logging.WARNING)
-    try:
-        summary = embed(
-            args.fasta,
-            args.output,
-            model=_untrained(args.seed) if args.untrained else args.model,
-            per=args.per,
-            pooling=args.pooling,
-            layers=args.layers,
-            dtype=args.dtype,
-            storage_dtype=args.storage_dtype,
-            device=args.device,
-            tokens_per_batch=args.tokens_per_batch,
-            max_length=args.max_length,
-            layout=args.layout,
-            lowercase=args.lowercase,
-            duplicates=args.duplicates,
-            resume=args.resume,
-            overwrite=args.overwrite,
-            progress=False if args.quiet else None,
-        )
-    except CheckpointError as error:
-        if args.model != DEFAULT_MODEL:
-            raise
-        raise CheckpointError(
-            f"{error}. Other weights: --model NAME_OR_PATH. Random weights, to try things out: --untrained"
-        ) from error
+    summary = embed(
+        args.fasta,
+        args.output,
+        model=_untrained(args.seed) if args.untrained else args.model,
+        per=args.per,
+        pooling=args.pooling,
+        layers=args.layers,
+        dtype=args.dtype,
+        storage_dtype=args.storage_dtype,
+        device=args.device,
+        tokens_per_batch=args.tokens_per_batch,
+        max_length=args.max_length,
+        layout=args.layout,
+        lowercase=args.lowercase,
+        duplicates=args.duplicates,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        progress=False if args.quiet else None,
+    )
     if args.untrained:
         _say_untrained()
     if not args.quiet:

@@ -28,6 +28,7 @@ from proteinbert_fast.embedding.selection import Layers, Per, Pooling, Selection
 from proteinbert_fast.embedding.sources import FastaSource, Layout, MemorySource, Scan, open_source
 from proteinbert_fast.errors import InputError
 from proteinbert_fast.model import ProteinBert
+from proteinbert_fast.weights import DEFAULT_MODEL
 
 logger = logging.getLogger("proteinbert_fast")
 
@@ -191,7 +192,7 @@ def embed(
     sequences: Path | Iterable[Any],
     output: Path | None = None,
     *,
-    model: Path | ProteinBert = "proteinbert",
+    model: Path | ProteinBert = DEFAULT_MODEL,
     per: Per = "protein",
     pooling: Pooling | None = None,
     layers: Layers = "last",
@@ -216,7 +217,8 @@ def embed(
             that Python holds: a list of sequences or FASTA records, or a dict from id to sequence. Those are
             taken literally, one residue per character; bare sequences get the ids "0", "1", ...
         output: an HDF5 file to write; None gives the embeddings back.
-        model: a name or path for `ProteinBert.from_pretrained`, or a model, which is used where it is.
+        model: a name or path for `ProteinBert.from_pretrained`, or a model, which is used where it is. By default
+            "proteinbert-swissprot", which comes with this package.
         per: one embedding per "protein" or per "residue". START and END are never part of it.
         pooling: per protein: the "global" state (the default), the "mean" of the residues' local states, or
             "both", global first.

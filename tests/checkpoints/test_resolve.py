@@ -76,7 +76,7 @@ def test_home_directories_are_found(tmp_path, nano, monkeypatch):
 def test_neither_name_nor_path(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert refusal(name) == (
-        "no such file or directory, no hub name (owner/name), and not a published name (proteinbert)"
+        "no such file or directory, no hub name (owner/name), and not a known name (proteinbert-swissprot, proteinbert)"
     )
 
 
