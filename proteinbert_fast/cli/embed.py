@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from proteinbert_fast.errors import CheckpointError
 from proteinbert_fast.weights import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -116,25 +117,30 @@ def run(args: argparse.Namespace) -> int:
     logger = logging.getLogger("proteinbert_fast")
     if args.quiet:
         logger.setLevel(logging.WARNING)
-    summary = embed(
-        args.fasta,
-        args.output,
-        model=_untrained(args.seed) if args.untrained else args.model,
-        per=args.per,
-        pooling=args.pooling,
-        layers=args.layers,
-        dtype=args.dtype,
-        storage_dtype=args.storage_dtype,
-        device=args.device,
-        tokens_per_batch=args.tokens_per_batch,
-        max_length=args.max_length,
-        layout=args.layout,
-        lowercase=args.lowercase,
-        duplicates=args.duplicates,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        progress=False if args.quiet else None,
-    )
+    try:
+        summary = embed(
+            args.fasta,
+            args.output,
+            model=_untrained(args.seed) if args.untrained else args.model,
+            per=args.per,
+            pooling=args.pooling,
+            layers=args.layers,
+            dtype=args.dtype,
+            storage_dtype=args.storage_dtype,
+            device=args.device,
+            tokens_per_batch=args.tokens_per_batch,
+            max_length=args.max_length,
+            layout=args.layout,
+            lowercase=args.lowercase,
+            duplicates=args.duplicates,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            progress=False if args.quiet else None,
+        )
+    except CheckpointError as error:
+        if args.model != "proteinbert":  # the one that is fetched from where its authors keep it
+            raise
+        raise CheckpointError(f"{error}. Without --model, {DEFAULT_MODEL} is used, which needs no network") from error
     if args.untrained:
         _say_untrained()
     if not args.quiet:

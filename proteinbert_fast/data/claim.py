@@ -125,11 +125,15 @@ class Claim:
         temporary = self.path(MANIFEST + ".tmp")
         handle = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
         try:
-            write_all(handle, memoryview(text.encode()))
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.replace(temporary, self.path(MANIFEST))
+            try:
+                write_all(handle, memoryview(text.encode()))
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            os.replace(temporary, self.path(MANIFEST))
+        except BaseException:
+            remove(temporary)
+            raise
         flush_folder(self.folder)
 
     @contextmanager
@@ -188,5 +192,5 @@ class Claim:
     def _remove_leftovers(self, prefixes: tuple[str, ...], named: Collection[str]) -> None:
         """Removes what begins so and is no complete piece of this work."""
         for name in os.listdir(self.folder):
-            if name.startswith(prefixes) and name not in named:
+            if name.startswith((*prefixes, MANIFEST + ".tmp")) and name not in named:
                 remove(self.path(name))

@@ -187,19 +187,19 @@ def test_existing_output(fasta: Path, weights: Path, tmp_path: Path, capsys: pyt
     assert "24 proteins were done before" in capsys.readouterr().out
 
 
-def test_no_weights_names_the_ways_out(
+def test_no_network_names_the_way_out(
     fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PROTEINBERT_FAST_OFFLINE", "1")
     monkeypatch.setenv("PROTEINBERT_FAST_CACHE", str(tmp_path / "cache"))
-    assert main(["embed", str(fasta), "-o", str(tmp_path / "out.h5")]) == 1
+    command = ["embed", str(fasta), "-o", str(tmp_path / "out.h5"), "--model"]
+    assert main([*command, "proteinbert"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("proteinbert-fast: error: proteinbert: not in the cache")
-    assert "--model NAME_OR_PATH" in line
-    assert "--untrained" in line
+    assert line.endswith("Without --model, proteinbert-swissprot is used, which needs no network")
     assert not (tmp_path / "out.h5").exists()
-    assert main(["embed", str(fasta), "-o", str(tmp_path / "out.h5"), "--model", "none.pkl"]) == 1
-    assert "--untrained" not in capsys.readouterr().err
+    assert main([*command, "none.pkl"]) == 1
+    assert "Without --model" not in capsys.readouterr().err
 
 
 def test_untrained_is_loud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -249,7 +249,7 @@ class PartialBuild(Claim):
         return f"{sum(run.rows for run in self.runs):,} rows" if self.runs else ""
 
     def _tidy(self) -> None:
-        self._remove_leftovers(("run-", "corpus.tmp", MANIFEST + ".tmp"), {run.file for run in self.runs})
+        self._remove_leftovers(("run-", "corpus.tmp"), {run.file for run in self.runs})
 
 
 def _progress(source: Source) -> Progress:
