@@ -155,13 +155,20 @@ def _ranks(device: str | None) -> Iterator[int]:
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     from proteinbert_fast.devices import checked_device
 
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(checked_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}"))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    store, rank, n_ranks = next(rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # torchrun keeps its store when it starts ranks again, and in it the addresses of those that are gone. Its count
+        # of attempts tells them apart; on several nodes that may differ from node to node.
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=n_ranks)
     try:
         yield dist.get_rank()
     finally:
