@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     for title, lines in sections.items():
         print(title)
         for name, value in lines():
-            print(f"  {name:<18} {value}")
+            print(f"  {name:<21} {value}")
     print("checks")
     started = time.perf_counter()
     checks = _checks()
@@ -128,7 +128,11 @@ def _local_block_kernels() -> Iterator[tuple[str, str]]:
 def _weights() -> Iterator[tuple[str, str]]:
     from proteinbert_fast.cache import cache_directory
     from proteinbert_fast.checkpoints import PUBLISHED, is_offline
+    from proteinbert_fast.weights import SHIPPED
 
+    for name, folder in SHIPPED.items():
+        is_there = (folder / "model.safetensors").is_file()
+        yield name, f"{'comes with the package' if is_there else 'missing: install the package anew'} ({folder})"
     for name, published in PUBLISHED.items():
         path = cache_directory() / published.file_name
         if path.is_file() and path.stat().st_size == published.size:

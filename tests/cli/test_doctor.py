@@ -1,11 +1,14 @@
 """``proteinbert-fast doctor``."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from proteinbert_fast import Tokenizer
 from proteinbert_fast.cli import doctor
 from proteinbert_fast.cli.main import main
+from proteinbert_fast.weights import SHIPPED
 
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,6 +20,13 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert "FAIL" not in out
     assert "pass  model on cpu in float32: largest difference from the definition" in out
     assert "all checks passed in" in out
+
+
+def test_weights_that_ship(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = dict(doctor._weights())["proteinbert-swissprot"]
+    assert said.startswith("comes with the package (")
+    monkeypatch.setitem(SHIPPED, "proteinbert-swissprot", tmp_path)
+    assert dict(doctor._weights())["proteinbert-swissprot"].startswith("missing: install the package anew (")
 
 
 def test_failed_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
