@@ -1,6 +1,7 @@
 """``proteinbert-fast pretrain``: a corpus to a trained model, in a folder that remembers how far it came."""
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -155,6 +156,9 @@ def _ranks(device: str | None) -> Iterator[int]:
         return
     import torch
     import torch.distributed as dist
+
+    # DistributedDataParallel imports this, whose functions keep the group there is then as a default, for ever.
+    import torch.distributed.nn.functional
     from torch.distributed.rendezvous import rendezvous
 
     from proteinbert_fast.devices import checked_device
@@ -173,3 +177,6 @@ def _ranks(device: str | None) -> Iterator[int]:
         yield dist.get_rank()
     finally:
         dist.destroy_process_group()
+        # Only the last reference ends the threads, and one of them that lets go of a tensor while the interpreter ends
+        # aborts the process. The model's wrapper, in a cycle, holds one.
+        gc.collect()

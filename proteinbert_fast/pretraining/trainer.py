@@ -156,7 +156,7 @@ class _Run:
         if self.n_ranks > 1:
             ids = [device.index] if device.type == "cuda" else None
             self.objective = nn.parallel.DistributedDataParallel(
-                self.objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.objective, device_ids=ids, gradient_as_bucket_view=True
             )
         self.board = TensorBoard(folder, self.step) if is_first() and config.tensorboard else None
         self.log = Log(folder / LOG_FILE, self.step) if is_first() else None

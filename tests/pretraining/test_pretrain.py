@@ -224,16 +224,20 @@ def test_a_rank_that_dies_is_started_again(small_corpus, tmp_path):
     script = tmp_path / "dies.py"
     script.write_text(
         "import os, signal, sys\n"
+        "from pathlib import Path\n"
         "from proteinbert_fast.cli.main import main\n"
-        "from proteinbert_fast.pretraining import trainer\n"
-        "train = trainer._Run._train\n"
         "def dying(run, step, tasks):\n"
         "    if run.rank == 1 and run.step == 8 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    train(run, step, tasks)\n"
         "if 'DIES' in os.environ:\n"
+        "    from proteinbert_fast.pretraining import trainer\n"
+        "    train = trainer._Run._train\n"
         "    trainer._Run._train = dying\n"
-        "sys.exit(main())\n"
+        "code = main()\n"
+        # A thread of the process group that outlives it may abort the process while the interpreter ends.
+        "threads = [path.read_text().strip() for path in Path('/proc/self/task').glob('*/comm')]\n"
+        "sys.exit(f'left: {threads}' if any('gloo' in name for name in threads) else code)\n"
     )
     for name, env in (("whole", {}), ("died", {"DIES": "1"})):
         arguments = command(small_corpus, tmp_path / name, "--resume")[2:]
