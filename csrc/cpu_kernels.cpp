@@ -32,6 +32,7 @@ using bf16 = std::uint16_t;
 constexpr float kLayerNormEpsilon = 1e-3f;
 constexpr int kMaxChannels = 4096;
 constexpr std::int64_t kTile = 256;  // rows of a protein whose attention sums are formed apart, then added in order
+constexpr std::int64_t kBlock = 256;  // rows that a gradient of weights sums up before it goes to the next
 
 // The first block's states are those of tokens: a convolution of them is a sum of rows of a small table.
 constexpr int kTokens = 27;  // the last one is that of gaps, whose state is zeros
@@ -51,7 +52,7 @@ struct LocalBlock {
     int channels, taps, wide_dilation;
 };
 
-// The local block's gradients but for those that are products over all rows; see local_block_backward.
+// The local block's gradients but for those of its matrices; see local_block_backward and weight_gradient.
 template <class T>
 struct LocalBlockBackward {
     const T* x;                    // (rows, channels), as are all states and gradients here; or
@@ -85,16 +86,25 @@ struct Attention {
     float scale_log2;
 };
 
-// Global attention's gradients but for those of its weights, which are products over all rows.
 template <class T>
 struct AttentionBackward {
     Attention<T> forward;       // partials and weights are not used
     const float* denominators;  // (proteins, heads)
     const float* pooled;        // (proteins, heads, d_value), the result
     const float* d_pooled;      // (proteins, heads, d_value)
-    T* d_keys_values;           // (rows, heads * d_key + heads * d_value): of what the products gave
     T* d_local;                 // (rows, channels)
     float* d_query;             // (slots, heads, d_key)
+    float* d_weights;           // (channels, heads * d_key + heads * d_value), which is added to, or null
+};
+
+// The gradient of a matrix, or of a convolution's: out[t][i][o] += the sum over rows r of
+// x[r + (t - taps / 2) * dilation][i] * gradient[r][o].
+template <class T>
+struct WeightGradient {
+    const T* x;         // (rows, inputs)
+    const T* gradient;  // (rows, columns), of what the product gave
+    float* out;         // (taps, inputs, columns)
+    int inputs, columns, taps, dilation;
 };
 
 // kTile rows of one protein, counted from its own first row.
@@ -303,8 +313,8 @@ void local_block(std::uintptr_t x, std::uintptr_t tokens, std::uintptr_t embeddi
 }
 
 // Gradients of a batch of `rows` rows whose first and last `gap` are gaps. Of the weights' gradients, those of norms and
-// biases, in the order of Sums, and the factors of the others. `d_hidden` may be 0; where `x` is, `d_tables` are made and
-// not `d_x`, and either may be 0.
+// biases, in the order of Sums, and what weight_gradient makes the others of. `d_hidden` may be 0; where `x` is, `d_tables`
+// are made and not `d_x`, and either may be 0.
 void local_block_backward(std::uintptr_t x, std::uintptr_t tokens, std::uintptr_t embedding, std::uintptr_t broadcast,
                           std::uintptr_t segments, const std::vector<std::uintptr_t>& weights, std::uintptr_t narrow,
                           std::uintptr_t wide, std::uintptr_t d_local, std::uintptr_t d_hidden,
@@ -387,11 +397,11 @@ void attention_finish(std::uintptr_t partials, std::uintptr_t slots, std::int64_
 }
 
 // Gradients from those of the pooled values. `keys_values_weight` are all heads' keys, then all heads' values; so are the
-// columns of `d_keys_values`. `d_query` has a part for each slot; protein_sums adds them up.
+// columns of `d_weights`, which are added to, or 0. `d_query` has a part for each slot; protein_sums adds them up.
 void attention_backward(std::uintptr_t local, std::uintptr_t keys_values_weight, std::uintptr_t query,
                         std::uintptr_t starts, std::uintptr_t lengths, std::uintptr_t slots, std::int64_t proteins,
                         std::uintptr_t denominators, std::uintptr_t pooled, std::uintptr_t d_pooled,
-                        std::uintptr_t d_keys_values, std::uintptr_t d_local, std::uintptr_t d_query, int channels,
+                        std::uintptr_t d_local, std::uintptr_t d_query, std::uintptr_t d_weights, int channels,
                         int heads, int d_key, int d_value, bool is_bf16, int threads) {
     check_channels("channels", channels);
     check_channels("d_key", d_key);
@@ -403,10 +413,22 @@ void attention_backward(std::uintptr_t local, std::uintptr_t keys_values_weight,
                                       at<const float>(query), nullptr, nullptr, channels, heads, d_key, d_value,
                                       1.4426950408889634f / std::sqrt(static_cast<float>(d_key))},
                                      at<const float>(denominators), at<const float>(pooled), at<const float>(d_pooled),
-                                     at<T>(d_keys_values), at<T>(d_local), at<float>(d_query)};
+                                     at<T>(d_local), at<float>(d_query), at<float>(d_weights)};
         const auto tiles = tiles_of(at<const std::int64_t>(starts), at<const std::int64_t>(lengths),
                                     at<const std::int64_t>(slots), proteins);
         PBF_CALL(attention_backward, a, weight, tiles, threads);
+    });
+}
+
+// See WeightGradient; rows [first, last), and as many around them as the taps reach.
+void weight_gradient(std::uintptr_t x, std::uintptr_t gradient, std::uintptr_t out, std::int64_t first,
+                     std::int64_t last, int inputs, int columns, int taps, int dilation, bool is_bf16, int threads) {
+    check_channels("inputs", inputs);
+    check_channels("columns", columns);
+    by_dtype(is_bf16, [&](auto zero) {
+        using T = decltype(zero);
+        const WeightGradient<T> a{at<const T>(x), at<const T>(gradient), at<float>(out), inputs, columns, taps, dilation};
+        PBF_CALL(weight_gradient, a, first, last, threads);
     });
 }
 
@@ -434,6 +456,7 @@ PYBIND11_MODULE(_cpu_kernels, m) {
     m.attr("SUMS") = static_cast<int>(kSums);
     m.def("local_block_backward", &local_block_backward);
     m.def("attention_backward", &attention_backward);
+    m.def("weight_gradient", &weight_gradient);
     m.def("protein_sums", &protein_sums);
     m.def("instruction_set", [] { return kIsaNames[static_cast<int>(isa)]; }, "The one in use.");
     m.def("use_instruction_set", &use_instruction_set, "Uses a lesser one than the best, to test it or to compare.");

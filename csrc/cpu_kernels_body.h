@@ -270,6 +270,108 @@ const Factor<T>* factors(const T* rows, std::int64_t values, Factor<T>* room) {
 template <class T>
 constexpr bool kWidens = !std::is_same_v<T, Factor<T>>;
 
+// `columns` values of each row to where sums over rows read them: in panels of `width` columns, and where values are
+// multiplied by twos each beside the one below it, the last beside zero.
+template <class T, class E>
+void pack_rows(const T* rows, int n, std::int64_t stride, int columns, int width, E* out) {
+    for (int panel = 0; panel < columns; panel += width) {
+        const int wide = std::min(width, columns - panel);
+        const T* row = rows + panel;
+        for (int r = 0; r < n; r += kPerStep<E>, row += kPerStep<E> * stride, out += wide * kPerStep<E>)
+            for (int c = 0; c < wide; c += 16) {
+                if constexpr (kPerStep<E> == 1) {
+                    store(out + c, load(row + c));
+                } else {
+                    h16x upper, lower{};
+                    std::memcpy(&upper, row + c, sizeof upper);
+                    if (r + 1 < n) std::memcpy(&lower, row + stride + c, sizeof lower);
+                    const u16x pairs = __builtin_convertvector(upper, u16x) | __builtin_convertvector(lower, u16x) << 16;
+                    std::memcpy(out + 2 * c, &pairs, sizeof pairs);
+                }
+            }
+    }
+}
+
+// `INPUTS` by 16 * VECTORS columns: out[i][c] += the sum over rows r, in order, of x[r][i] * gradient[r][c].
+template <int INPUTS, int VECTORS, class E>
+void row_sum_tile(int rows, int inputs, const E* x, const E* gradient, float* out, int columns) {
+    f16x total[INPUTS][VECTORS];
+    for (int i = 0; i < INPUTS; ++i)
+        for (int v = 0; v < VECTORS; ++v) total[i][v] = load(out + std::int64_t{i} * columns + 16 * v);
+    for (int r = 0; r < rows; r += kPerStep<E>) {
+        for (int i = 0; i < INPUTS; ++i) {
+            Step<E> step;
+            std::memcpy(&step, x + i * kPerStep<E>, sizeof step);
+            for (int v = 0; v < VECTORS; ++v)
+                total[i][v] = multiply_add(total[i][v], step, gradient + 16 * v * kPerStep<E>);
+        }
+        x += inputs * kPerStep<E>;
+        gradient += 16 * VECTORS * kPerStep<E>;
+    }
+    for (int i = 0; i < INPUTS; ++i)
+        for (int v = 0; v < VECTORS; ++v) store(out + std::int64_t{i} * columns + 16 * v, total[i][v]);
+}
+
+template <int VECTORS, class E, int... INPUTS>
+void row_sum_tile_of(int height, std::integer_sequence<int, INPUTS...>, int rows, int inputs, const E* x,
+                     const E* gradient, float* out, int columns) {
+    using Tile = void (*)(int, int, const E*, const E*, float*, int);
+    static constexpr Tile tiles[] = {row_sum_tile<INPUTS + 1, VECTORS, E>...};
+    tiles[height - 1](rows, inputs, x, gradient, out, columns);
+}
+
+// Rows as sums over them take them: `columns` values of gradients from the `first` on, packed in panels, and x from `reach`
+// rows before to `reach` after.
+template <class E>
+struct Block {
+    const E* x[2];  // from the first row and, for pairs, from the second
+    const E* gradient;
+    int rows, first;
+};
+
+template <class E>
+std::int64_t block_size(int reach, int inputs, int columns) {
+    return kPerStep<E> * (kBlock + 2 * std::int64_t{reach}) * inputs + kBlock * columns;
+}
+
+// `n` rows, in `room` of block_size().
+template <class T, class E>
+Block<E> block_of(const WeightGradient<T>& a, std::int64_t row, int n, int first, int columns, E* room) {
+    const int reach = a.taps / 2 * a.dilation, window = n + 2 * reach;
+    const T* x = a.x + (row - reach) * a.inputs;
+    Block<E> block{{}, room, (n + kPerStep<E> - 1) / kPerStep<E> * kPerStep<E>, first};
+    pack_rows(a.gradient + row * a.columns + first, n, a.columns, columns, kColumns, room);
+    room += kBlock * columns;
+    if constexpr (kPerStep<E> == 1) {
+        block.x[0] = factors(x, std::int64_t{window} * a.inputs, room);
+    } else {
+        for (int i = 0; i < 2; ++i, room += (kBlock + 2 * std::int64_t{reach}) * a.inputs) {
+            pack_rows(x + i * a.inputs, window - i, a.inputs, a.inputs, a.inputs, room);
+            block.x[i] = room;
+        }
+    }
+    return block;
+}
+
+// Adds the sum over a block's rows to a.out, for one tap and one panel of columns.
+template <class T, class E>
+void add_row_sums(const WeightGradient<T>& a, const Block<E>& block, int tap, int column) {
+    const int away = tap * a.dilation, tiles = (a.inputs + PBF_ROWS - 1) / PBF_ROWS;
+    const E* x = block.x[away % kPerStep<E>] + std::int64_t{away / kPerStep<E>} * kPerStep<E> * a.inputs;
+    const E* gradient = block.gradient + std::int64_t{column - block.first} * block.rows;
+    float* out = a.out + std::int64_t{tap} * a.inputs * a.columns + column;
+    for (int t = 0; t < tiles; ++t) {
+        const int first = t * a.inputs / tiles, height = (t + 1) * a.inputs / tiles - first;
+        const E* at = x + std::int64_t{first} * kPerStep<E>;
+        float* to = out + std::int64_t{first} * a.columns;
+        constexpr auto heights = std::make_integer_sequence<int, PBF_ROWS>{};
+        if (a.columns - column >= kColumns)
+            row_sum_tile_of<PBF_VECTORS>(height, heights, block.rows, a.inputs, at, gradient, to, a.columns);
+        else
+            row_sum_tile_of<1>(height, heights, block.rows, a.inputs, at, gradient, to, a.columns);
+    }
+}
+
 // A row's state, its own or its token's.
 template <class Block>
 auto state_of(const Block& a, std::int64_t row) {
@@ -658,16 +760,19 @@ struct PackedAttentionBackward {
         });
     }
 
-    void operator()(const Tile& tile) const {
+    // What the gradients of the weights sum up, in `block_room`; nothing where that is null.
+    Block<E> operator()(const Tile& tile, E* block_room) const {
         static thread_local Buffer<float> buffer;
         static thread_local Buffer<E> widened_rows;
+        static thread_local Buffer<T> gradients;
         const Attention<T>& f = a.forward;
         const int width = forward.width;
         const std::int64_t values = std::int64_t{tile.rows} * f.channels;
         float* sums = buffer.room(std::int64_t{tile.rows} * std::max(width, f.channels));
         E* room = kWidens<T> ? widened_rows.room(std::int64_t{tile.rows} * std::max(both, f.channels)) : nullptr;
-        const E* rows = factors(f.local + tile.row * f.channels, values, room);
-        T* d_rows = a.d_keys_values + tile.row * both;
+        const T* local = f.local + tile.row * f.channels;
+        const E* rows = factors(local, values, room);
+        T* d_rows = gradients.room(std::int64_t{tile.rows} * both);
         const Runs runs{{0, tile.rows}};
         for (int head = 0; head < f.heads; ++head) {
             product(forward.of(head), rows, runs, sums);
@@ -677,6 +782,9 @@ struct PackedAttentionBackward {
                 sums);
         T* d_local = a.d_local + tile.row * f.channels;
         for (std::int64_t i = 0; i < values; i += 16) store(d_local + i, load(sums + i));
+        if (!block_room) return {};
+        const WeightGradient<T> rest{local, d_rows, nullptr, f.channels, both, 1, 1};
+        return block_of(rest, 0, tile.rows, 0, both, block_room);
     }
 
     // `products` are (rows, d_key + d_value), as the keys' and values' weights gave them.
@@ -780,9 +888,42 @@ void local_block_backward(const LocalBlockBackward<T>& a, std::int64_t first, st
 template <class T>
 void attention_backward(const AttentionBackward<T>& a, const T* keys_values_weight, const std::vector<Tile>& tiles,
                         int threads) {
+    static_assert(kTile <= kBlock);
+    static thread_local Buffer<Factor<T>> buffer;
     const PackedAttentionBackward<T> attend(a, keys_values_weight, threads);
-    parallel_for(static_cast<std::int64_t>(tiles.size()), threads,
-                 [&](std::int64_t i) { attend(tiles[static_cast<std::size_t>(i)]); });
+    const WeightGradient<T> of_weights{nullptr, nullptr, a.d_weights, a.forward.channels, attend.both, 1, 1};
+    const auto n_tiles = static_cast<std::int64_t>(tiles.size());
+    const std::int64_t at_once = std::max(8, 2 * threads);
+    const std::int64_t size = block_size<Factor<T>>(0, a.forward.channels, attend.both);
+    Factor<T>* room = a.d_weights ? buffer.room(at_once * size) : nullptr;
+    for (std::int64_t done = 0; done < n_tiles; done += at_once) {
+        std::vector<Block<Factor<T>>> blocks(std::min(at_once, n_tiles - done));
+        parallel_for(blocks.size(), threads,
+                     [&](std::int64_t i) { blocks[i] = attend(tiles[done + i], room ? room + i * size : nullptr); });
+        if (!room) continue;
+        parallel_for((attend.both + kColumns - 1) / kColumns, threads, [&](std::int64_t panel) {
+            for (const auto& block : blocks) add_row_sums(of_weights, block, 0, static_cast<int>(panel) * kColumns);
+        });
+    }
+}
+
+// Rows [first, last). Threads share out taps and columns, and each takes every block to its own cache.
+template <class T>
+void weight_gradient(const WeightGradient<T>& a, std::int64_t first, std::int64_t last, int threads) {
+    const int panels = (a.columns + kColumns - 1) / kColumns, pieces = a.taps * panels;
+    const int shares = std::min(pieces, 2 * threads), reach = a.taps / 2 * a.dilation;
+    parallel_for(shares, threads, [&](std::int64_t share) {
+        static thread_local Buffer<Factor<T>> buffer;
+        const auto begin = static_cast<int>(pieces * share / shares), end = static_cast<int>(pieces * (share + 1) / shares);
+        const int column = begin / a.taps * kColumns;
+        const int columns = std::min(a.columns, (end + a.taps - 1) / a.taps * kColumns) - column;
+        Factor<T>* room = buffer.room(block_size<Factor<T>>(reach, a.inputs, columns));
+        for (std::int64_t row = first; row < last; row += kBlock) {
+            const auto rows = static_cast<int>(std::min(kBlock, last - row));
+            const Block<Factor<T>> block = block_of(a, row, rows, column, columns, room);
+            for (int i = begin; i < end; ++i) add_row_sums(a, block, i % a.taps, i / a.taps * kColumns);
+        }
+    });
 }
 
 // Sums of (rows, channels) over each protein, in order.

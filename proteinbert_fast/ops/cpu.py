@@ -4,8 +4,8 @@ A row's result does not depend on where it lies and what else is in the batch. O
 goes through a matrix library, the global track and the heads, does so in groups of a fixed number of rows, the last one
 filled up, because a library may choose another algorithm, and so other bits, for another shape.
 
-The backward pass has kernels of its own for all that goes row by row; gradients of matrices, which are products over
-all rows, are left to the matrix library. The forward pass has the same bits with gradients and without.
+The backward pass has kernels of its own too, whose sums over all rows run in one order for any number of threads. The
+forward pass has the same bits with gradients and without.
 """
 
 from collections.abc import Callable, Sequence
@@ -241,18 +241,17 @@ def _local_block_backward(
     if d_tables is not None:
         d_states, narrow_weight, wide_weight = _back_from_tables(d_tables[0, :-1], states, factors)
     if x is not None and wants["narrow_weight"]:
-        narrow_weight = _convolution_weight(d_narrow, x, factors.narrow_weight, 1)
+        narrow_weight = _weight_gradient(d_narrow, x, batch.gap, taps)
     if x is not None and wants["wide_weight"]:
-        wide_weight = _convolution_weight(d_wide, x, factors.wide_weight, wide_dilation)
+        wide_weight = _weight_gradient(d_wide, x, batch.gap, taps, wide_dilation)
     if wants["dense_weight"]:
-        dense_weight = d_dense.t() @ hidden
+        dense_weight = _weight_gradient(d_dense, hidden, batch.gap).squeeze(2)
     gradients = (
         narrow_weight, narrow_bias, wide_weight, wide_bias, norm1_weight, norm1_bias,
         dense_weight, dense_bias, norm2_weight, norm2_bias,
     )  # fmt: skip
     d_weights = [
-        g.to(w.dtype, memory_format=torch.contiguous_format) if g is not None and is_wanted else None
-        for g, w, is_wanted in zip(gradients, weights, wanted[2:], strict=True)
+        _as_weight(g, w) if is_wanted else None for g, w, is_wanted in zip(gradients, weights, wanted[2:], strict=True)
     ]
     return (d_states if wants["states"] else None), d_broadcast, d_weights
 
@@ -276,14 +275,26 @@ def _back_from_tables(d_tables: Tensor, states: Tensor, weights: LocalBlockWeigh
     return d_states.to(states.dtype), d_narrow_weight, d_wide_weight
 
 
-def _convolution_weight(gradient: Tensor, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
-    """The gradient of the weight of ``reference.convolution``, (D, D, taps), from that of its result."""
-    images = (rows[None, None].permute(0, 3, 1, 2) for rows in (gradient, x))
-    found: Tensor = torch.ops.aten.convolution_backward(
-        *images, weight.unsqueeze(2), None, [1, 1], [0, weight.shape[-1] // 2 * dilation], [1, dilation],
-        False, [0, 0], 1, [False, True, False],
-    )[1]  # fmt: skip
-    return found.squeeze(2)
+def _weight_gradient(gradient: Tensor, x: Tensor, gap: int, taps: int = 1, dilation: int = 1) -> Tensor:
+    """The gradient of the weight of ``reference.convolution``, float32 (C, D, taps), from that of its result.
+
+    Args:
+        gradient: (R, C), zeros in gaps.
+        x: (R, D), what it was applied to.
+        gap: rows at either end that are in no protein, no fewer than the taps reach.
+        taps: of the convolution; 1 is a plain product.
+        dilation: rows from tap to tap.
+    """
+    found = torch.zeros(taps, x.shape[1], gradient.shape[1])
+    _cpu_kernels.weight_gradient(
+        x.data_ptr(), gradient.data_ptr(), found.data_ptr(), gap, len(x) - gap,
+        x.shape[1], gradient.shape[1], taps, dilation, x.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    return found.permute(2, 1, 0)
+
+
+def _as_weight(gradient: Tensor | None, weight: Tensor) -> Tensor | None:
+    return None if gradient is None else gradient.to(weight.dtype).contiguous()
 
 
 def _sums(rows: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
@@ -359,32 +370,33 @@ class _GlobalAttention(torch.autograd.Function):
         local, query, key_weight, value_weight, pooled, denominators = ctx.saved_tensors
         local, d_pooled = local.contiguous(), d_pooled.float().contiguous()
         query_float = query.float().contiguous()
-        n_rows, channels = local.shape
+        channels = local.shape[1]
         n_keys, n_values = len(key_weight), len(value_weight)
         weight = torch.cat([key_weight.to(local.dtype), value_weight.to(local.dtype)])
         slots = _slots(batch)
-        d_products, d_local = local.new_empty(n_rows, n_keys + n_values), torch.empty_like(local)
+        d_local = torch.empty_like(local)
+        d_local[(batch.segments < 0).nonzero()[:, 0]] = 0
         d_query = torch.empty(int(slots[-1]), n_keys)
-        gaps = (batch.segments < 0).nonzero()[:, 0]
-        d_products[gaps] = 0
-        d_local[gaps] = 0
+        wants_local, wants_query, wants_key, wants_value = ctx.needs_input_grad[2:]
+        d_weight = torch.zeros(channels, n_keys + n_values) if wants_key or wants_value else None
         _cpu_kernels.attention_backward(
             local.data_ptr(), weight.data_ptr(), query_float.data_ptr(),
             batch.starts.data_ptr(), batch.lengths.data_ptr(), slots.data_ptr(), len(batch),
             denominators.data_ptr(), pooled.data_ptr(), d_pooled.data_ptr(),
-            d_products.data_ptr(), d_local.data_ptr(), d_query.data_ptr(),
+            d_local.data_ptr(), d_query.data_ptr(), _address(d_weight),
             channels, n_heads, n_keys // n_heads, n_values // n_heads,
             local.dtype == torch.bfloat16, torch.get_num_threads(),
         )  # fmt: skip
-        wants_local, wants_query, wants_key, wants_value = ctx.needs_input_grad[2:]
-        d_weight = d_products.t() @ local if wants_key or wants_value else weight
+        d_key = d_value = None
+        if d_weight is not None:
+            d_key, d_value = torch.split(d_weight.t(), [n_keys, n_values])
         return (
             None,
             None,
             d_local if wants_local else None,
             _sums(d_query, slots[:-1], slots.diff()).to(query.dtype) if wants_query else None,
-            d_weight[:n_keys].to(key_weight.dtype) if wants_key else None,
-            d_weight[n_keys:].to(value_weight.dtype) if wants_value else None,
+            _as_weight(d_key, key_weight) if wants_key else None,
+            _as_weight(d_value, value_weight) if wants_value else None,
         )
 
 
