@@ -292,12 +292,11 @@ void pack_rows(const T* rows, int n, std::int64_t stride, int columns, int width
     }
 }
 
-// `INPUTS` by 16 * VECTORS columns: out[i][c] += the sum over rows r, in order, of x[r][i] * gradient[r][c].
+// `INPUTS` by 16 * VECTORS columns: out[i][c] += the sum over rows r, in order, of x[r][i] * gradient[r][c]. The sum is
+// formed apart: added to one by one, a sum over a million rows would lose them.
 template <int INPUTS, int VECTORS, class E>
 void row_sum_tile(int rows, int inputs, const E* x, const E* gradient, float* out, int columns) {
-    f16x total[INPUTS][VECTORS];
-    for (int i = 0; i < INPUTS; ++i)
-        for (int v = 0; v < VECTORS; ++v) total[i][v] = load(out + std::int64_t{i} * columns + 16 * v);
+    f16x total[INPUTS][VECTORS] = {};
     for (int r = 0; r < rows; r += kPerStep<E>) {
         for (int i = 0; i < INPUTS; ++i) {
             Step<E> step;
@@ -309,7 +308,10 @@ void row_sum_tile(int rows, int inputs, const E* x, const E* gradient, float* ou
         gradient += 16 * VECTORS * kPerStep<E>;
     }
     for (int i = 0; i < INPUTS; ++i)
-        for (int v = 0; v < VECTORS; ++v) store(out + std::int64_t{i} * columns + 16 * v, total[i][v]);
+        for (int v = 0; v < VECTORS; ++v) {
+            float* sum = out + std::int64_t{i} * columns + 16 * v;
+            store(sum, load(sum) + total[i][v]);
+        }
 }
 
 template <int VECTORS, class E, int... INPUTS>
@@ -324,14 +326,21 @@ void row_sum_tile_of(int height, std::integer_sequence<int, INPUTS...>, int rows
 // rows before to `reach` after.
 template <class E>
 struct Block {
-    const E* x[2];  // from the first row and, for pairs, from the second
+    const E* x[2];  // from the first row and, for pairs where a tap is an odd number of rows away, from the second
     const E* gradient;
     int rows, first;
 };
 
-template <class E>
-std::int64_t block_size(int reach, int inputs, int columns) {
-    return kPerStep<E> * (kBlock + 2 * std::int64_t{reach}) * inputs + kBlock * columns;
+// How often x is packed: twice where pairs begin at odd rows too.
+template <class T, class E>
+int copies_of_x(const WeightGradient<T>& a) {
+    return kPerStep<E> > 1 && a.taps > 1 && a.dilation % 2 ? 2 : 1;
+}
+
+template <class T, class E>
+std::int64_t block_size(const WeightGradient<T>& a, int columns) {
+    const std::int64_t window = kBlock + 2 * std::int64_t{a.taps / 2} * a.dilation;
+    return copies_of_x<T, E>(a) * window * a.inputs + kBlock * columns;
 }
 
 // `n` rows, in `room` of block_size().
@@ -345,7 +354,7 @@ Block<E> block_of(const WeightGradient<T>& a, std::int64_t row, int n, int first
     if constexpr (kPerStep<E> == 1) {
         block.x[0] = factors(x, std::int64_t{window} * a.inputs, room);
     } else {
-        for (int i = 0; i < 2; ++i, room += (kBlock + 2 * std::int64_t{reach}) * a.inputs) {
+        for (int i = 0; i < copies_of_x<T, E>(a); ++i, room += (kBlock + 2 * std::int64_t{reach}) * a.inputs) {
             pack_rows(x + i * a.inputs, window - i, a.inputs, a.inputs, a.inputs, room);
             block.x[i] = room;
         }
@@ -353,14 +362,19 @@ Block<E> block_of(const WeightGradient<T>& a, std::int64_t row, int n, int first
     return block;
 }
 
-// Adds the sum over a block's rows to a.out, for one tap and one panel of columns.
+template <class T>
+int tiles_of_inputs(const WeightGradient<T>& a) {
+    return (a.inputs + PBF_ROWS - 1) / PBF_ROWS;
+}
+
+// Adds the sum over a block's rows to a.out, for one tap, one panel of columns, and tiles [begin, end) of inputs.
 template <class T, class E>
-void add_row_sums(const WeightGradient<T>& a, const Block<E>& block, int tap, int column) {
-    const int away = tap * a.dilation, tiles = (a.inputs + PBF_ROWS - 1) / PBF_ROWS;
+void add_row_sums(const WeightGradient<T>& a, const Block<E>& block, int tap, int column, int begin, int end) {
+    const int away = tap * a.dilation, tiles = tiles_of_inputs(a);
     const E* x = block.x[away % kPerStep<E>] + std::int64_t{away / kPerStep<E>} * kPerStep<E> * a.inputs;
     const E* gradient = block.gradient + std::int64_t{column - block.first} * block.rows;
     float* out = a.out + std::int64_t{tap} * a.inputs * a.columns + column;
-    for (int t = 0; t < tiles; ++t) {
+    for (int t = begin; t < end; ++t) {
         const int first = t * a.inputs / tiles, height = (t + 1) * a.inputs / tiles - first;
         const E* at = x + std::int64_t{first} * kPerStep<E>;
         float* to = out + std::int64_t{first} * a.columns;
@@ -893,8 +907,8 @@ void attention_backward(const AttentionBackward<T>& a, const T* keys_values_weig
     const PackedAttentionBackward<T> attend(a, keys_values_weight, threads);
     const WeightGradient<T> of_weights{nullptr, nullptr, a.d_weights, a.forward.channels, attend.both, 1, 1};
     const auto n_tiles = static_cast<std::int64_t>(tiles.size());
-    const std::int64_t at_once = std::max(8, 2 * threads);
-    const std::int64_t size = block_size<Factor<T>>(0, a.forward.channels, attend.both);
+    const std::int64_t at_once = std::min<std::int64_t>(n_tiles, std::max(8, threads));
+    const std::int64_t size = block_size<T, Factor<T>>(of_weights, attend.both);
     Factor<T>* room = a.d_weights ? buffer.room(at_once * size) : nullptr;
     for (std::int64_t done = 0; done < n_tiles; done += at_once) {
         std::vector<Block<Factor<T>>> blocks(std::min(at_once, n_tiles - done));
@@ -902,26 +916,32 @@ void attention_backward(const AttentionBackward<T>& a, const T* keys_values_weig
                      [&](std::int64_t i) { blocks[i] = attend(tiles[done + i], room ? room + i * size : nullptr); });
         if (!room) continue;
         parallel_for((attend.both + kColumns - 1) / kColumns, threads, [&](std::int64_t panel) {
-            for (const auto& block : blocks) add_row_sums(of_weights, block, 0, static_cast<int>(panel) * kColumns);
+            for (const auto& block : blocks)
+                add_row_sums(of_weights, block, 0, static_cast<int>(panel) * kColumns, 0, tiles_of_inputs(of_weights));
         });
     }
 }
 
-// Rows [first, last). Threads share out taps and columns, and each takes every block to its own cache.
+// Rows [first, last). Threads share out columns, taps and, where those are few, inputs; each takes every block to its own
+// cache.
 template <class T>
 void weight_gradient(const WeightGradient<T>& a, std::int64_t first, std::int64_t last, int threads) {
-    const int panels = (a.columns + kColumns - 1) / kColumns, pieces = a.taps * panels;
-    const int shares = std::min(pieces, 2 * threads), reach = a.taps / 2 * a.dilation;
+    const int panels = (a.columns + kColumns - 1) / kColumns, tiles = tiles_of_inputs(a);
+    const int slabs = std::clamp((4 * threads + panels * a.taps - 1) / (panels * a.taps), 1, tiles);
+    const int of_panel = a.taps * slabs, pieces = panels * of_panel, shares = std::min(pieces, 2 * threads);
     parallel_for(shares, threads, [&](std::int64_t share) {
         static thread_local Buffer<Factor<T>> buffer;
         const auto begin = static_cast<int>(pieces * share / shares), end = static_cast<int>(pieces * (share + 1) / shares);
-        const int column = begin / a.taps * kColumns;
-        const int columns = std::min(a.columns, (end + a.taps - 1) / a.taps * kColumns) - column;
-        Factor<T>* room = buffer.room(block_size<Factor<T>>(reach, a.inputs, columns));
+        const int column = begin / of_panel * kColumns;
+        const int columns = std::min(a.columns, (end + of_panel - 1) / of_panel * kColumns) - column;
+        Factor<T>* room = buffer.room(block_size<T, Factor<T>>(a, columns));
         for (std::int64_t row = first; row < last; row += kBlock) {
             const auto rows = static_cast<int>(std::min(kBlock, last - row));
             const Block<Factor<T>> block = block_of(a, row, rows, column, columns, room);
-            for (int i = begin; i < end; ++i) add_row_sums(a, block, i % a.taps, i / a.taps * kColumns);
+            for (int i = begin; i < end; ++i) {
+                const int slab = i % slabs, tap = i / slabs % a.taps;
+                add_row_sums(a, block, tap, i / of_panel * kColumns, slab * tiles / slabs, (slab + 1) * tiles / slabs);
+            }
         }
     });
 }

@@ -4,8 +4,9 @@ A row's result does not depend on where it lies and what else is in the batch. O
 goes through a matrix library, the global track and the heads, does so in groups of a fixed number of rows, the last one
 filled up, because a library may choose another algorithm, and so other bits, for another shape.
 
-The backward pass has kernels of its own too, whose sums over all rows run in one order for any number of threads. The
-forward pass has the same bits with gradients and without.
+The backward pass has kernels of its own too, whose sums over all rows run in one order for any number of threads. Only
+where attention weights are asked for do attention's gradients come from the plain operations. The forward pass has the
+same bits with gradients and without.
 """
 
 from collections.abc import Callable, Sequence
@@ -186,6 +187,11 @@ def _sources(tokens: Tensor | None, states: Tensor) -> tuple[Tensor | None, Tens
     return None, tokens.to(torch.uint8).contiguous(), F.pad(states, (0, 0, 0, 1)).contiguous()
 
 
+def _floats(*shape: int) -> Tensor:
+    """Room for float32, whatever PyTorch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -223,8 +229,8 @@ def _local_block_backward(
     if tokens is None and wants["states"]:
         d_x = states.new_empty(shape)
     elif tokens is not None and (wants["states"] or wants["narrow_weight"] or wants["wide_weight"]):
-        d_tables = torch.empty(_cpu_kernels.PARTS, len(states) + 1, 2 * taps + 1, shape[1])
-    sums = torch.empty(-(-batch.n_rows // _cpu_kernels.UNIT), _cpu_kernels.SUMS, shape[1])
+        d_tables = _floats(_cpu_kernels.PARTS, len(states) + 1, 2 * taps + 1, shape[1])
+    sums = _floats(-(-batch.n_rows // _cpu_kernels.UNIT), _cpu_kernels.SUMS, shape[1])
     _cpu_kernels.local_block_backward(
         _address(x), _address(tokens), _address(embedding), broadcast_float.data_ptr(), batch.segments.data_ptr(),
         list(map(_address, factors)), convolved[0].data_ptr(), convolved[1].data_ptr(),
@@ -236,7 +242,7 @@ def _local_block_backward(
     d_broadcast = None
     if wants["broadcast"]:
         d_broadcast = _sums(d_sum, batch.starts, batch.lengths).to(broadcast.dtype)
-    narrow_bias, wide_bias, norm1_weight, norm1_bias, dense_bias, norm2_weight, norm2_bias = sums[0]
+    narrow_bias, wide_bias, norm1_weight, norm1_bias, dense_bias, norm2_weight, norm2_bias = sums[0].clone()
     d_states, narrow_weight, wide_weight, dense_weight = d_x, None, None, None
     if d_tables is not None:
         d_states, narrow_weight, wide_weight = _back_from_tables(d_tables[0, :-1], states, factors)
@@ -285,7 +291,7 @@ def _weight_gradient(gradient: Tensor, x: Tensor, gap: int, taps: int = 1, dilat
         taps: of the convolution; 1 is a plain product.
         dilation: rows from tap to tap.
     """
-    found = torch.zeros(taps, x.shape[1], gradient.shape[1])
+    found = _floats(taps, x.shape[1], gradient.shape[1]).zero_()
     _cpu_kernels.weight_gradient(
         x.data_ptr(), gradient.data_ptr(), found.data_ptr(), gap, len(x) - gap,
         x.shape[1], gradient.shape[1], taps, dilation, x.dtype == torch.bfloat16, torch.get_num_threads(),
@@ -299,7 +305,7 @@ def _as_weight(gradient: Tensor | None, weight: Tensor) -> Tensor | None:
 
 def _sums(rows: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
     """Sums of (R, C) rows over each protein, in order: float32 (B, C)."""
-    sums = torch.empty(len(starts), rows.shape[1])
+    sums = _floats(len(starts), rows.shape[1])
     _cpu_kernels.protein_sums(
         rows.data_ptr(), starts.data_ptr(), lengths.data_ptr(), len(starts),
         sums.data_ptr(), rows.shape[1], rows.dtype == torch.bfloat16, torch.get_num_threads(),
@@ -376,9 +382,9 @@ class _GlobalAttention(torch.autograd.Function):
         slots = _slots(batch)
         d_local = torch.empty_like(local)
         d_local[(batch.segments < 0).nonzero()[:, 0]] = 0
-        d_query = torch.empty(int(slots[-1]), n_keys)
+        d_query = _floats(int(slots[-1]), n_keys)
         wants_local, wants_query, wants_key, wants_value = ctx.needs_input_grad[2:]
-        d_weight = torch.zeros(channels, n_keys + n_values) if wants_key or wants_value else None
+        d_weight = _floats(channels, n_keys + n_values).zero_() if wants_key or wants_value else None
         _cpu_kernels.attention_backward(
             local.data_ptr(), weight.data_ptr(), query_float.data_ptr(),
             batch.starts.data_ptr(), batch.lengths.data_ptr(), slots.data_ptr(), len(batch),
@@ -402,7 +408,7 @@ class _GlobalAttention(torch.autograd.Function):
 
 def _slots(batch: PackedBatch) -> Tensor:
     """The first tile of each protein, and how many there are, int64 (B + 1,)."""
-    slots = torch.zeros(len(batch) + 1, dtype=torch.int64)
+    slots = torch.zeros(len(batch) + 1, dtype=torch.int64, device="cpu")
     torch.cumsum(-(-batch.lengths // _cpu_kernels.TILE), 0, out=slots[1:])
     return slots
 
@@ -423,16 +429,16 @@ def _pooled(
     query = query.float().contiguous()
     key_weight, value_weight = key_weight.to(dtype).contiguous(), value_weight.to(dtype).contiguous()
     slots = _slots(batch)
-    partials = torch.empty(int(slots[-1]), n_heads, 1 + d_value)
-    weights = torch.zeros(batch.n_rows if return_weights else 0, n_heads)
+    partials = _floats(int(slots[-1]), n_heads, 1 + d_value)
+    weights = _floats(batch.n_rows if return_weights else 0, n_heads).zero_()
     _cpu_kernels.attention(
         local.data_ptr(), key_weight.data_ptr(), value_weight.data_ptr(), query.data_ptr(),
         batch.starts.data_ptr(), batch.lengths.data_ptr(), slots.data_ptr(), n_proteins,
         partials.data_ptr(), weights.data_ptr() if return_weights else 0,
         local.shape[1], n_heads, d_key, d_value, dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
-    pooled = torch.empty(n_proteins, n_heads * d_value)
-    denominators = torch.empty(n_proteins, n_heads)
+    pooled = _floats(n_proteins, n_heads * d_value)
+    denominators = _floats(n_proteins, n_heads)
     _cpu_kernels.attention_finish(
         partials.data_ptr(), slots.data_ptr(), n_proteins, pooled.data_ptr(), denominators.data_ptr(), n_heads, d_value
     )

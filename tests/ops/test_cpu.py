@@ -350,26 +350,85 @@ def test_in_groups_is_the_function_row_by_row(n, size):
     assert torch.equal(cpu.in_groups(lambda a, b: a * 2 + b, rows, rows, size=size), rows * 3)
 
 
-@pytest.mark.parametrize("dtype", cpu.DTYPES)
-def test_number_of_threads_leaves_no_trace(dtype):
-    block, batch, x, broadcast, query = make(SIZES["odd"], (700, 3, 1200))
-    block = block.to(dtype)
+@pytest.fixture
+def threads():
+    """Sets their number; it is as before in the end."""
     before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_number_of_threads_leaves_no_trace(dtype, threads):
+    block, batch, x, broadcast, query = make(SIZES["odd"], (700, 3, 1200))
+    _, first, table, word, _ = make_first(SIZES["odd"], (700, 3, 1200))
+    block = block.to(dtype)
     results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            with torch.no_grad():
-                _, local = cpu.local_block(x.to(dtype), broadcast.to(dtype), batch, block.local_weights(), 5)
-                weights = (block.key.weight, block.value.weight)
-                pooled = cpu.global_attention(local, query.to(dtype), batch, *weights, 2).pooled
-            made = (block, batch, x, broadcast, query)
-            found = gradients(cpu, SIZES["odd"], made, dtype, everything=False)
-            results.append((local, pooled, *found.values()))
-    finally:
-        torch.set_num_threads(before)
+    for n in (1, 2, 3, 40):
+        threads(n)
+        with torch.no_grad():
+            _, local = cpu.local_block(x.to(dtype), broadcast.to(dtype), batch, block.local_weights(), 5)
+            weights = (block.key.weight, block.value.weight)
+            pooled = cpu.global_attention(local, query.to(dtype), batch, *weights, 2).pooled
+        found = gradients(cpu, SIZES["odd"], (block, batch, x, broadcast, query), dtype, everything=False)
+        states = table.to(dtype).requires_grad_()
+        block.zero_grad()
+        cpu.local_block(Embedded(first.tokens, states), word.to(dtype), first, block.local_weights(), 5)[
+            1
+        ].sum().backward()
+        of_first = [p.grad for p in (*block.local_weights(), states)]
+        results.append((local, pooled, *found.values(), *of_first))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_default_dtype_of_torch_leaves_no_trace(default):
+    made = make(SIZES["small"], (300, 7))
+    block, batch, x, broadcast, query = made
+    weights = block.key.weight, block.value.weight
+    results = []
+    for dtype in (torch.float32, default):
+        x, broadcast, query = (t.detach().requires_grad_() for t in (x, broadcast, query))
+        block.zero_grad()
+        torch.set_default_dtype(dtype)
+        try:
+            _, local = cpu.local_block(x, broadcast, batch, block.local_weights(), 5)
+            pooled = cpu.global_attention(local, query, batch, *weights, 4).pooled
+            (local.sum() + pooled.square().sum()).backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append([local, pooled, *(t.grad for t in (x, broadcast, query, *weights, *block.local_weights()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize(("taps", "dilation"), [(1, 1), (3, 2), (9, 5), (9, 1)])
+@pytest.mark.parametrize("rows", [1, 37, 256, 513])
+def test_gradient_of_weights(instruction_set, threads, rows, taps, dilation, dtype):
+    """Odd and even numbers of rows, both widths of panels, inputs that fill no tile, more threads than pieces."""
+    gap = taps // 2 * dilation
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows + 2 * gap, 48, generator=generator).to(dtype)
+    gradient = torch.randn(rows + 2 * gap, 80, generator=generator).to(dtype)
+    gradient[:gap] = gradient[rows + gap :] = 0
+    inside = gradient[gap : rows + gap].double()
+    exact = torch.stack([inside.t() @ x[t * dilation :][:rows].double() for t in range(taps)], dim=2)
+    found = []
+    for n in (1, 2, 64):
+        threads(n)
+        found.append(cpu._weight_gradient(gradient, x, gap, taps, dilation))
+        assert found[-1].dtype == torch.float32
+        close(found[-1].double() / rows**0.5, exact / rows**0.5, 2e-6)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_gradient_of_weights_over_many_rows():
+    """Products of one sign, whose sum grows large beside each of them: blocks are summed apart."""
+    x = torch.full((300_000, 16), 0.1)
+    found = cpu._weight_gradient(x, x, 0)
+    exact = len(x) * x[0, 0].double() ** 2
+    assert ((found.double() - exact).abs() / exact).max() < 3e-5
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
