@@ -1,7 +1,7 @@
 """``proteinbert-fast pretrain``: a corpus to a trained model, in a folder that remembers how far it came."""
 
 import argparse
-import gc
+import importlib
 import logging
 import os
 import signal
@@ -156,13 +156,13 @@ def _ranks(device: str | None) -> Iterator[int]:
         return
     import torch
     import torch.distributed as dist
-
-    # DistributedDataParallel imports this, whose functions keep the group there is then as a default, for ever.
-    import torch.distributed.nn.functional
     from torch.distributed.rendezvous import rendezvous
 
     from proteinbert_fast.devices import checked_device
 
+    # Before there is a group: some of what the trainer imports takes it as a default, and would hold it for ever; and
+    # a group's thread that lets go of a tensor while the interpreter ends aborts the process.
+    importlib.import_module("proteinbert_fast.pretraining.trainer")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(checked_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}"))
@@ -177,6 +177,3 @@ def _ranks(device: str | None) -> Iterator[int]:
         yield dist.get_rank()
     finally:
         dist.destroy_process_group()
-        # Only the last reference ends the threads, and one of them that lets go of a tensor while the interpreter ends
-        # aborts the process. The model's wrapper, in a cycle, holds one.
-        gc.collect()

@@ -201,6 +201,50 @@ def torchrun(n: int, *arguments: str, restarts: int = 0, env: dict[str, str] | N
     )  # fmt: skip
 
 
+# A thread of the process group that outlives it may abort the process while the interpreter ends. One that has just
+# ended may still be listed.
+WITHOUT_THREADS = """
+import time
+from pathlib import Path
+
+def of_group():
+    found = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        try:
+            found.append(path.read_text().strip())
+        except OSError:
+            pass
+    return [name for name in found if "gloo" in name]
+
+code = main()
+deadline = time.monotonic() + 10
+while of_group() and time.monotonic() < deadline:
+    time.sleep(0.1)
+sys.exit(f"left: {of_group()}" if of_group() else code)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_on_many_ranks_ends_with_its_error(small_corpus, tmp_path, capfd):
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import sys\n"
+        "from proteinbert_fast.cli.main import main\n"
+        "from proteinbert_fast.errors import NonFiniteError\n"
+        "from proteinbert_fast.pretraining import trainer\n"
+        "def failing(*args):\n"
+        "    raise NonFiniteError('gradients of 1 parameters hold NaN or infinity: planted')\n"
+        "trainer.check_gradients = failing\n" + WITHOUT_THREADS
+    )
+    with pytest.raises(subprocess.CalledProcessError):
+        torchrun(2, str(script), *command(small_corpus, tmp_path / "run")[2:])
+    said = capfd.readouterr().err
+    assert "error: gradients of 1 parameters hold NaN or infinity: planted" in said
+    assert "exitcode  : 1 " in said
+    assert "left: " not in said
+    assert "terminate called" not in said
+
+
 @pytest.mark.slow
 def test_any_number_of_ranks(small_corpus, tmp_path):
     more = ["--steps", "6", "--optimizer", "keras-adam", "--epsilon", "0.001", "--tokens-per-pass", "600"]
@@ -224,7 +268,6 @@ def test_a_rank_that_dies_is_started_again(small_corpus, tmp_path):
     script = tmp_path / "dies.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from pathlib import Path\n"
         "from proteinbert_fast.cli.main import main\n"
         "def dying(run, step, tasks):\n"
         "    if run.rank == 1 and run.step == 8 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
@@ -233,11 +276,7 @@ def test_a_rank_that_dies_is_started_again(small_corpus, tmp_path):
         "if 'DIES' in os.environ:\n"
         "    from proteinbert_fast.pretraining import trainer\n"
         "    train = trainer._Run._train\n"
-        "    trainer._Run._train = dying\n"
-        "code = main()\n"
-        # A thread of the process group that outlives it may abort the process while the interpreter ends.
-        "threads = [path.read_text().strip() for path in Path('/proc/self/task').glob('*/comm')]\n"
-        "sys.exit(f'left: {threads}' if any('gloo' in name for name in threads) else code)\n"
+        "    trainer._Run._train = dying\n" + WITHOUT_THREADS
     )
     for name, env in (("whole", {}), ("died", {"DIES": "1"})):
         arguments = command(small_corpus, tmp_path / name, "--resume")[2:]
