@@ -11,7 +11,7 @@ the usual LAMBs leave out the bias correction, clip, or spare biases and norms.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -276,8 +276,20 @@ def moments_of(optimizer: Optimizer, model: nn.Module) -> OptimizerState:
     return OptimizerState(steps.pop() if steps else 0, first, second)
 
 
-def find_nonfinite(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> list[str]:
-    """Names of the parameters whose gradients hold NaN or infinity. A GPU is waited for once.
+class LargestGradients(NamedTuple):
+    """The largest magnitude of each gradient; NaN and infinity are as large.
+
+    Attributes:
+        names: of the parameters.
+        values: float32 (n,).
+    """
+
+    names: list[str]
+    values: Tensor
+
+
+def largest_gradients(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> dict[torch.device, LargestGradients]:
+    """Each gradient's largest magnitude, by device. Nothing is waited for.
 
     Args:
         model: a module, or its ``named_parameters()``.
@@ -289,14 +301,27 @@ def find_nonfinite(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> lis
             names, gradients = found.setdefault(p.grad.device, ([], []))
             names.append(name)
             gradients.append(p.grad)
-    bad = []
-    for names, gradients in found.values():
-        largest = torch.stack([n.float() for n in torch._foreach_norm(gradients, math.inf)])
-        bad += [name for name, is_fine in zip(names, largest.isfinite().tolist(), strict=True) if not is_fine]
-    return bad
+    return {
+        device: LargestGradients(names, torch.stack([n.float() for n in torch._foreach_norm(gradients, math.inf)]))
+        for device, (names, gradients) in found.items()
+    }
 
 
-def check_gradients(model: nn.Module, action: str = "stop") -> bool:
+def find_nonfinite(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+    """Names of the parameters whose gradients hold NaN or infinity. A GPU is waited for once.
+
+    Args:
+        model: a module, or its ``named_parameters()``.
+    """
+    return [
+        name
+        for names, largest in largest_gradients(model).values()
+        for name, is_fine in zip(names, largest.isfinite().tolist(), strict=True)
+        if not is_fine
+    ]
+
+
+def check_gradients(model: nn.Module, action: str = "stop", nonfinite: Sequence[str] | None = None) -> bool:
     """Whether all gradients are finite, so that a step may be made. A GPU is waited for once.
 
     With a ``GradScaler``, whose infinities are part of its work, use its own check.
@@ -305,6 +330,7 @@ def check_gradients(model: nn.Module, action: str = "stop") -> bool:
         model: after ``backward``.
         action: where they are not, "stop" raises; "skip" takes the gradients away, so that a step changes nothing, and
             returns False.
+        nonfinite: what ``find_nonfinite`` gives, where that is known; nothing is waited for then.
 
     Raises:
         NonFiniteError: names the parameters.
@@ -312,7 +338,7 @@ def check_gradients(model: nn.Module, action: str = "stop") -> bool:
     """
     if action not in {"skip", "stop"}:
         raise InputError(f"action {action!r} is unknown; choose skip or stop")
-    bad = find_nonfinite(model)
+    bad = find_nonfinite(model) if nonfinite is None else nonfinite
     if bad and action == "stop":
         shown = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
         raise NonFiniteError(f"gradients of {len(bad)} parameters hold NaN or infinity: {shown}")

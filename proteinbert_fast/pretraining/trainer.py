@@ -34,7 +34,7 @@ from proteinbert_fast.model import ProteinBert
 from proteinbert_fast.ops.backends import Backend
 from proteinbert_fast.pretraining.config import PretrainingConfig
 from proteinbert_fast.pretraining.objective import Objective, Task, divisors, make_task
-from proteinbert_fast.pretraining.optimizers import KerasAdam, Lamb, check_gradients
+from proteinbert_fast.pretraining.optimizers import KerasAdam, Lamb, check_gradients, largest_gradients
 from proteinbert_fast.pretraining.progress import Log, Meter, TensorBoard
 from proteinbert_fast.pretraining.run_state import (
     RunState,
@@ -230,12 +230,16 @@ class _Run:
                 # DistributedDataParallel takes the mean over ranks, where the sum is meant.
                 self.scaler.scale(loss * self.n_ranks).backward()
             sums += torch.stack([tokens.detach(), annotations.detach()]).double() * counts
-        self._move_weights()
-        for mean, p in zip(self.ema, self.model.parameters(), strict=bool(self.ema)):
-            mean.lerp_(p.detach(), 1 - config.ema)
+        # All that the host needs to know of the step, so that it waits for a GPU once.
         if is_distributed():
             dist.all_reduce(sums)
-        token_loss, annotation_loss = (sums / sums.new_tensor([over_tokens, over_proteins])).tolist()
+        self.scaler.unscale_(self.optimizer)
+        names, largest = largest_gradients(self.model)[self.device]
+        token_sum, annotation_sum, *sizes = torch.cat([sums, largest.double()]).tolist()
+        self._move_weights([name for name, size in zip(names, sizes, strict=True) if not math.isfinite(size)])
+        for mean, p in zip(self.ema, self.model.parameters(), strict=bool(self.ema)):
+            mean.lerp_(p.detach(), 1 - config.ema)
+        token_loss, annotation_loss = token_sum / over_tokens, annotation_sum / over_proteins
         loss_value = token_loss + config.annotation_weight * annotation_loss
         self.rate.after(loss_value)
         self.step, self.cursor = self.step + 1, step.following
@@ -250,15 +254,14 @@ class _Run:
                 | self.meter.row()
             )
 
-    def _move_weights(self) -> None:
-        """The optimiser's step, or none where gradients are not finite.
+    def _move_weights(self, nonfinite: list[str]) -> None:
+        """The optimiser's step, or none where some parameters' gradients are not finite.
 
         Infinities are part of finding a loss scale: they end a run only where no smaller scale would help.
         """
         config = self.config
-        self.scaler.unscale_(self.optimizer)
         may_stop = not self.scaler.is_enabled() or self.scaler.get_scale() <= 1
-        is_finite = check_gradients(self.model, config.nonfinite if may_stop else "skip")
+        is_finite = check_gradients(self.model, config.nonfinite if may_stop else "skip", nonfinite)
         if not is_finite:
             self.counts["skipped"] += 1
         elif config.clip:
