@@ -289,18 +289,19 @@ def proteins(programs, real_sequences):
     return programs.held_out.Proteins(numbers, sequences, terms)
 
 
-def test_sequence_losses_are_those_of_each_protein_alone(programs, proteins, small_model, monkeypatch):
+@pytest.mark.parametrize("noise", [0.05, 0.3])
+def test_sequence_losses_are_those_of_each_protein_alone(programs, proteins, small_model, monkeypatch, noise):
     monkeypatch.setattr(programs.held_out, "TOKENS_PER_BATCH", 2000)
     table = programs.held_out.copying(np.arange(1, 27))
     told: list[int] = []
     found = programs.held_out.sequence_losses(
-        proteins, {"model": small_model}, {"table": table}, 7, torch.no_grad, told.append
+        proteins, {"model": small_model}, {"table": table}, 7, torch.no_grad, told.append, noise
     )
     rows = []
     limits = {"128": (0, 128), "512": (128, 512), "1024": (512, 1024), "longer": (1024, 10**9)}
     for number, sequence in zip(proteins.numbers, proteins.sequences, strict=True):
         clean = Tokenizer()([sequence])
-        noisy = corrupt_tokens(clean, [number], seed=7, step=0)
+        noisy = corrupt_tokens(clean, [number], seed=7, step=0, probability=noise)
         true, shown = clean.unpack(clean.tokens)[0].long(), noisy.unpack(noisy.tokens)[0].long()
         with torch.no_grad():
             logits = noisy.unpack(small_model(noisy).token_logits)[0]
@@ -322,12 +323,13 @@ def test_sequence_losses_are_those_of_each_protein_alone(programs, proteins, sma
                 assert found["losses"][name]["corrupted"][kind] == pytest.approx(nll[wrong].mean().item(), rel=1e-5)
 
 
-def test_what_the_neighbours_say(programs):
+@pytest.mark.parametrize("noise", [0.05, 0.3])
+def test_what_the_neighbours_say(programs, noise):
     """With the shown token's evidence taken back, the best guess without neighbours is the frequencies again."""
     counts = np.arange(1, 27)
     shown = torch.arange(26).repeat(3)
-    told = torch.from_numpy(programs.held_out.copying(counts)).float()[shown]
-    left = programs.held_out.by_neighbours(told, shown)
+    told = torch.from_numpy(programs.held_out.copying(counts, noise)).float()[shown]
+    left = programs.held_out.by_neighbours(told, shown, noise)
     expected = torch.from_numpy(programs.held_out.unigram(counts)).float()[shown]
     torch.testing.assert_close(left, expected, atol=1e-5, rtol=1e-5)
 
@@ -452,6 +454,20 @@ def test_evaluate(programs, corpus: Path, tmp_path: Path, capsys):
     assert text.count("| this model |") == 4
     table = [line for line in text.splitlines() if line.startswith("| this model |")]
     assert table[0].split("|")[2].strip() == f"{losses['this model']['all']['all']:.4f}"
+    assert "a token is replaced with a probability of 0.05;" in text
+    assert programs.evaluate.main([*command, "-o", str(tmp_path / "noisy"), "--noise", "0.3"]) == 0
+    noisy = json.loads((tmp_path / "noisy" / "evaluation.json").read_text())["sequence"]
+    assert noisy["noise"] == 0.3
+    assert noisy["corrupted"]["all"] > 3 * results[0]["sequence"]["corrupted"]["all"]
+    assert noisy["losses"]["best without neighbours"]["all"] != losses["best without neighbours"]["all"]
+    assert "a token is replaced with a probability of 0.3;" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("noise", ["0", "1", "nan"])
+def test_evaluate_refuses_noise_that_is_no_probability(programs, noise, tmp_path: Path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        programs.evaluate.main(["model", "corpus.h5", "-o", str(tmp_path / "out"), "--noise", noise])
+    assert "--noise must be between 0 and 1, got" in capsys.readouterr().err
 
 
 def test_evaluate_refuses_a_model_of_other_terms(programs, corpus: Path, tmp_path: Path, capsys):

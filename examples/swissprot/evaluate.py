@@ -52,6 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-proteins", type=int, default=2000, metavar="N", help="held out; default: %(default)s")
     parser.add_argument("--max-train", type=int, default=1500, metavar="N", help="of a probe; default: %(default)s")
     parser.add_argument("--max-validation", type=int, default=1000, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=held_out.NOISE,
+        metavar="P",
+        help="probability that a token is replaced, the model's replace_probability in training; default: %(default)s",
+    )
     parser.add_argument("--hits", type=Path, help="table of hits of an earlier run; no mmseqs2 is needed then")
     parser.add_argument("--no-neighbours", action="store_true", help="leave that row out")
     parser.add_argument("--sensitivity", type=float, default=5.7, help="of mmseqs2; default: %(default)s, its own")
@@ -67,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("max_proteins", "max_train", "max_validation"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive")
+    if not 0 < args.noise < 1:
+        parser.error(f"--noise must be between 0 and 1, got {args.noise}")
     try:
         evaluate(args)
     except (ProteinBertError, OSError, UnicodeDecodeError) as error:
@@ -104,11 +113,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         n_tokens = int(proteins.tokens.sum())
         with _told(f"losses of {len(proteins):,} proteins", n_tokens) as tell:
             tables = {
-                "best without neighbours": held_out.copying(training.token_counts),
+                "best without neighbours": held_out.copying(training.token_counts, args.noise),
                 "token frequencies": held_out.unigram(training.token_counts),
             }
             sequence = held_out.sequence_losses(
-                proteins, {TRAINED: model, UNTRAINED: untrained}, tables, args.seed, computing, tell
+                proteins, {TRAINED: model, UNTRAINED: untrained}, tables, args.seed, computing, tell, args.noise
             )
         go = None
         if corpus.terms:
@@ -212,11 +221,12 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         f"## Held-out proteins: {result['corpus']['split']} set",
         "",
         f"{sequence['proteins']['all']:,} proteins of whole clusters at 50 % identity that training has not seen, "
-        f"{sequence['tokens']['all']:,} tokens, at full length, {sequence['corrupted']['all']:,} of them corrupted as "
-        "in pretraining; no GO term is shown. Without neighbours, the best is to trust the token that is shown: hard "
-        "to beat over all tokens, no help where the token is corrupted. A model that has learned this trusts the shown "
-        "token, too, and must lose where that is wrong; so the third table takes the trust back by Bayes's rule: what "
-        "is left comes from the neighbours, and token frequencies are what to beat.",
+        f"{sequence['tokens']['all']:,} tokens, at full length, {sequence['corrupted']['all']:,} of them corrupted: "
+        f"as in pretraining, a token is replaced with a probability of {sequence['noise']:g}; no GO term is shown. "
+        "Without neighbours, the best is to trust the token that is shown: hard to beat over all tokens, no help where "
+        "the token is corrupted. A model that has learned this trusts the shown token, too, and must lose where that "
+        "is wrong; so the third table takes the trust back by Bayes's rule: what is left comes from the neighbours, "
+        "and token frequencies are what to beat.",
         "",
     ]
     for kind, title in (

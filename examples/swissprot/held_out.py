@@ -150,8 +150,8 @@ def copying(counts: npt.NDArray[np.int64], noise: float = NOISE) -> Floats:
 def by_neighbours(log_p: Tensor, shown: Tensor, noise: float = NOISE) -> Tensor:
     """What log probabilities (n, 26) of true tokens come to when the tokens shown in their place (n,) say nothing.
 
-    A model that has learned the corruption trusts the token that it is shown, which is right 19 times in 20. Bayes's
-    rule takes that back: its probabilities are divided by those of showing this token x for each true one y,
+    A model that has learned the corruption trusts the token that it is shown as often as that is right. Bayes's rule
+    takes that back: its probabilities are divided by those of showing this token x for each true one y,
     noise / 26 + (1 - noise) [x = y]. What is left is what it expects from the neighbours.
     """
     shows = torch.full((VOCABULARY_SIZE, VOCABULARY_SIZE), noise / VOCABULARY_SIZE) + (1 - noise) * torch.eye(
@@ -168,8 +168,9 @@ def sequence_losses(
     seed: int,
     computing: Computing,
     on_tokens: Callable[[int], object] = lambda n: None,
+    noise: float = NOISE,
 ) -> dict[str, Any]:
-    """Cross entropy of the true tokens, in nats per token, when 5 % of them are replaced and no GO term is shown.
+    """Cross entropy of the true tokens, in nats per token, when some of them are replaced and no GO term is shown.
 
     Args:
         proteins: whole, however long.
@@ -178,11 +179,12 @@ def sequence_losses(
         seed: of the corruption, which depends on it and on a protein's number in the corpus.
         computing: gives the context to compute in.
         on_tokens: is told of each batch's tokens.
+        noise: probability that a token is replaced, as it was in training.
 
     Returns:
-        ``{"tokens": {class: n}, "corrupted": {class: n}, "proteins": {class: n}, "losses": {name: {"all": {class: x},
-        "corrupted": {class: x}, "by_neighbours": {class: x}}}}``; the classes are those of CLASSES that occur, and
-        "all". A token is corrupted if another one is shown; the last is over these, of ``by_neighbours``.
+        ``{"noise": p, "tokens": {class: n}, "corrupted": {class: n}, "proteins": {class: n}, "losses": {name: {"all":
+        {class: x}, "corrupted": {class: x}, "by_neighbours": {class: x}}}}``; the classes are those of CLASSES that
+        occur, and "all". A token is corrupted if another one is shown; the last is over these, of ``by_neighbours``.
     """
     names = [*models, *tables]
     limits = [np.inf if most is None else most for most in CLASSES.values()]
@@ -192,7 +194,7 @@ def sequence_losses(
     counts = np.zeros((2, len(CLASSES)), np.int64)
     on_device = {name: torch.tensor(table, dtype=torch.float32) for name, table in tables.items()}
     for places, clean in proteins.batches(_gap(models)):
-        noisy = corrupt_tokens(clean, proteins.numbers[places], seed=seed, step=0, probability=NOISE)
+        noisy = corrupt_tokens(clean, proteins.numbers[places], seed=seed, step=0, probability=noise)
         inside = clean.segments >= 0
         true, shown = clean.tokens[inside].long(), noisy.tokens[inside].long()
         kind = torch.from_numpy(kinds[places])[clean.segments[inside].long()]
@@ -211,7 +213,9 @@ def sequence_losses(
             nll = -log_p.gather(1, true[:, None])[:, 0].double()
             sums[i, 0] += np.bincount(kind, weights=nll, minlength=len(CLASSES))
             sums[i, 1] += np.bincount(kind[is_corrupted], weights=nll[is_corrupted], minlength=len(CLASSES))
-            rest = log_p[is_corrupted] if name in ignores else by_neighbours(log_p[is_corrupted], shown[is_corrupted])
+            rest = log_p[is_corrupted]
+            if name not in ignores:
+                rest = by_neighbours(rest, shown[is_corrupted], noise)
             nll = -rest.gather(1, true[is_corrupted][:, None])[:, 0].double()
             sums[i, 2] += np.bincount(kind[is_corrupted], weights=nll, minlength=len(CLASSES))
         on_tokens(clean.n_tokens)
@@ -225,6 +229,7 @@ def sequence_losses(
         return {"all": float(values.sum() / max(n.sum(), 1)), **by_class(values / np.maximum(n, 1))}
 
     return {
+        "noise": noise,
         "proteins": {"all": len(proteins), **by_class(np.bincount(kinds, minlength=len(CLASSES)))},
         "tokens": {"all": int(counts[0].sum()), **by_class(counts[0])},
         "corrupted": {"all": int(counts[1].sum()), **by_class(counts[1])},
