@@ -234,7 +234,7 @@ class _Run:
         if is_distributed():
             dist.all_reduce(sums)
         self.scaler.unscale_(self.optimizer)
-        names, largest = largest_gradients(self.model)[self.device]
+        ((names, largest),) = largest_gradients(self.model).values()
         token_sum, annotation_sum, *sizes = torch.cat([sums, largest.double()]).tolist()
         self._move_weights([name for name, size in zip(names, sizes, strict=True) if not math.isfinite(size)])
         for mean, p in zip(self.ema, self.model.parameters(), strict=bool(self.ema)):
