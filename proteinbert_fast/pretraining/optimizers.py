@@ -277,7 +277,7 @@ def moments_of(optimizer: Optimizer, model: nn.Module) -> OptimizerState:
 
 
 class LargestGradients(NamedTuple):
-    """The largest magnitude of each gradient; NaN and infinity are as large.
+    """The largest magnitude of each gradient; NaN or infinity where it holds one.
 
     Attributes:
         names: of the parameters.

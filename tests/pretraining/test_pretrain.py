@@ -231,10 +231,10 @@ def test_a_run_that_fails_on_many_ranks_ends_with_its_error(small_corpus, tmp_pa
         "import sys\n"
         "from proteinbert_fast.cli.main import main\n"
         "from proteinbert_fast.errors import NonFiniteError\n"
-        "from proteinbert_fast.pretraining import trainer\n"
+        "from proteinbert_fast.pretraining import optimizers\n"
         "def failing(*args):\n"
         "    raise NonFiniteError('gradients of 1 parameters hold NaN or infinity: planted')\n"
-        "trainer.check_gradients = failing\n" + WITHOUT_THREADS
+        "optimizers.check_gradients = failing\n" + WITHOUT_THREADS  # before the trainer is imported
     )
     with pytest.raises(subprocess.CalledProcessError):
         torchrun(2, str(script), *command(small_corpus, tmp_path / "run")[2:])
