@@ -89,11 +89,14 @@ class GeneOntology:
         file = FastaFile.at(path)
         check_readable(file)
         source = TextFile(file, digest=True)
+        text = bytearray()
         try:
-            text = b"".join(source)
+            for chunk in source:
+                text += chunk
         except DamagedFile as error:
-            raise InputError(f"{file.name}: {error}") from error
-        return _Reading(file.name, text).ontology(source.fingerprint)
+            line = text.count(b"\n") + 1
+            raise InputError(f"{file.name}:{line}: {error}") from error
+        return _Reading(file.name, bytes(text)).ontology(source.fingerprint)
 
     def __len__(self) -> int:
         return len(self.terms)

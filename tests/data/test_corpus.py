@@ -332,6 +332,18 @@ def test_the_originals_dataset_there_and_back(entries: Path, obo: Path, tmp_path
     with pytest.raises(InputError, match="is a dataset of the original; build-corpus takes it as an input"):
         Corpus(dense)
     with h5py.File(dense, "a") as file:
+        file["included_annotations"][1:3] = ["GO:12345678", "GO:" + "9" * 30]
+    found = build_corpus(dense, tmp_path / "c.h5", ontology=obo, min_count=1).report["go"]
+    assert found["malformed_ids"] > 0, "an id with too many digits is none, and is counted"
+    with h5py.File(dense, "a") as file:
+        mask = file["test_set_mask"][:-1]
+        del file["test_set_mask"]
+        file["test_set_mask"] = mask
+    with pytest.raises(InputError, match=r"dense\.h5: test_set_mask: its shape \(\d+,\) does not fit the other"):
+        build_corpus(dense, second, overwrite=True)
+    with h5py.File(dense, "a") as file:
+        del file["test_set_mask"]
+    with h5py.File(dense, "a") as file:
         file["seq_lengths"][7] += 1
     with pytest.raises(InputError, match=r"dense\.h5: record 7: has \d+ residues where seq_lengths says \d+"):
         build_corpus(dense, second, overwrite=True)

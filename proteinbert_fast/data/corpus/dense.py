@@ -6,6 +6,7 @@ each protein and term: about 1 TB for UniRef90. So it is read at any size and wr
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -21,6 +22,7 @@ from proteinbert_fast.errors import InputError, ProteinBertError
 ROWS = 1000  # in memory at a time: 9 MB of booleans
 MALFORMED_GO = -1
 LARGEST = 10_000_000_000  # bytes of booleans to write
+_GO_ID = re.compile(r"GO:[0-9]{7}")
 _LETTERS = VOCABULARY.encode().ljust(256, b"?")
 
 _SHAPES = {
@@ -29,7 +31,9 @@ _SHAPES = {
     "seq_lengths": ("N",),
     "included_annotations": ("T",),
     "annotation_masks": ("N", "T"),
+    "test_set_mask": ("N",),
 }
+_OPTIONAL = {"test_set_mask"}
 
 
 def is_dense(file: Any) -> bool:
@@ -51,15 +55,14 @@ class Dense:
         self._check()
         self.n_records = len(file["uniprot_ids"])
         names = [_text(name) for name in file["included_annotations"][:]]
-        self.numbers = np.array(
-            [int(name[3:]) if name.startswith("GO:") and name[3:].isdecimal() else MALFORMED_GO for name in names],
-            np.int64,
-        )
+        self.numbers = np.array([int(name[3:]) if _GO_ID.fullmatch(name) else MALFORMED_GO for name in names], np.int64)
 
     def _check(self) -> None:
         sizes: dict[str, int] = {}
         for name, axes in _SHAPES.items():
             dataset = self._file.get(name)
+            if name in _OPTIONAL and dataset is None:
+                continue
             if not isinstance(dataset, h5py.Dataset):
                 raise InputError(f"{self._path}: {name}: is missing: this is no dataset of the original ProteinBERT")
             if len(dataset.shape) != len(axes) or any(
