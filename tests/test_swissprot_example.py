@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from proteinbert_fast import InputError, ProteinBert, ProteinBertConfig, Tokenizer
+from proteinbert_fast.pretraining.config import read_config
 from proteinbert_fast.pretraining.corruption import corrupt_tokens
+from proteinbert_fast.weights import SHIPPED
 
 DATA = Path(__file__).parent / "data"
 FOLDER = Path(__file__).parents[1] / "examples" / "swissprot"
@@ -455,12 +457,27 @@ def test_evaluate(programs, corpus: Path, tmp_path: Path, capsys):
     table = [line for line in text.splitlines() if line.startswith("| this model |")]
     assert table[0].split("|")[2].strip() == f"{losses['this model']['all']['all']:.4f}"
     assert "a token is replaced with a probability of 0.05;" in text
-    assert programs.evaluate.main([*command, "-o", str(tmp_path / "noisy"), "--noise", "0.3"]) == 0
+    (model / "pretrain.toml").write_text("replace_probability = 0.3\n")
+    assert programs.evaluate.main([*command, "-o", str(tmp_path / "noisy")]) == 0
     noisy = json.loads((tmp_path / "noisy" / "evaluation.json").read_text())["sequence"]
     assert noisy["noise"] == 0.3
     assert noisy["corrupted"]["all"] > 3 * results[0]["sequence"]["corrupted"]["all"]
     assert noisy["losses"]["best without neighbours"]["all"] != losses["best without neighbours"]["all"]
     assert "a token is replaced with a probability of 0.3;" in capsys.readouterr().out
+
+
+def test_the_noise_of_a_models_training_is_found(programs, tmp_path: Path):
+    trained_noise = programs.evaluate.trained_noise
+    assert trained_noise("nothing/of/this/name") == 0.05
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"config": {"replace_probability": 0.2}}))
+    assert trained_noise(str(tmp_path / "run" / "model")) == 0.2
+    (tmp_path / "run" / "model" / "pretrain.toml").write_text("replace_probability = 0.1\n")
+    assert trained_noise(str(tmp_path / "run" / "model")) == 0.1
+    (tmp_path / "run" / "model" / "pretrain.toml").write_text("replace_probability = 0\n")
+    assert trained_noise(str(tmp_path / "run" / "model")) == 0.05
+    shipped = read_config(SHIPPED["proteinbert-swissprot"] / "pretrain.toml").replace_probability
+    assert trained_noise("proteinbert-swissprot") == shipped
 
 
 @pytest.mark.parametrize("noise", ["0", "1", "nan"])

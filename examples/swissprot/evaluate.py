@@ -19,7 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ from proteinbert_fast import InputError, ProteinBert, ProteinBertConfig, __versi
 from proteinbert_fast.data.corpus import Corpus
 from proteinbert_fast.embedding.api import has_fast_bfloat16
 from proteinbert_fast.errors import ProteinBertError
+from proteinbert_fast.pretraining.config import read_config
 from proteinbert_fast.pretraining.metrics import go_metrics
+from proteinbert_fast.weights import SHIPPED
 
 UNTRAINED = "untrained model"
 TRAINED = "this model"
@@ -55,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--noise",
         type=float,
-        default=held_out.NOISE,
         metavar="P",
-        help="probability that a token is replaced, the model's replace_probability in training; default: %(default)s",
+        help="probability that a token is replaced; default: that of the model's training, from pretrain.toml beside "
+        f"its weights or config.json of its run, else {held_out.NOISE}",
     )
     parser.add_argument("--hits", type=Path, help="table of hits of an earlier run; no mmseqs2 is needed then")
     parser.add_argument("--no-neighbours", action="store_true", help="leave that row out")
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("max_proteins", "max_train", "max_validation"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive")
-    if not 0 < args.noise < 1:
+    if args.noise is not None and not 0 < args.noise < 1:
         parser.error(f"--noise must be between 0 and 1, got {args.noise}")
     try:
         evaluate(args)
@@ -103,6 +105,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     def computing() -> AbstractContextManager[Any]:
         return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
 
+    noise = args.noise if args.noise is not None else trained_noise(args.model)
     model = ProteinBert.from_pretrained(args.model, device=device)
     untrained = _untrained(model.config, args.seed).to(device)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -113,11 +116,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         n_tokens = int(proteins.tokens.sum())
         with _told(f"losses of {len(proteins):,} proteins", n_tokens) as tell:
             tables = {
-                "best without neighbours": held_out.copying(training.token_counts, args.noise),
+                "best without neighbours": held_out.copying(training.token_counts, noise),
                 "token frequencies": held_out.unigram(training.token_counts),
             }
             sequence = held_out.sequence_losses(
-                proteins, {TRAINED: model, UNTRAINED: untrained}, tables, args.seed, computing, tell, args.noise
+                proteins, {TRAINED: model, UNTRAINED: untrained}, tables, args.seed, computing, tell, noise
             )
         go = None
         if corpus.terms:
@@ -145,6 +148,19 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     _write(args.output / "evaluation.md", text)
     print(text, end="")
     return result
+
+
+def trained_noise(model: str) -> float:
+    """The probability that a token of a model's training was replaced; the paper's where nothing says it."""
+    folder = SHIPPED.get(model, Path(model))
+    found: dict[str, Any] = {}
+    if (options := folder / "pretrain.toml").is_file():
+        found = read_config(options).to_dict()
+    elif (run := folder.parent / "config.json").is_file():
+        with suppress(ValueError, KeyError, TypeError):
+            found = json.loads(run.read_text())["config"]
+    noise: float = found.get("replace_probability", held_out.NOISE)
+    return noise if 0 < noise < 1 else held_out.NOISE
 
 
 def _go_terms(
