@@ -104,6 +104,8 @@ def _summary(folder: Path, config: "PretrainingConfig", done: Any) -> str:
         if "go" in found:
             fmax = ", ".join(f"{a} {f:.3f}" for a, f in found["go"]["fmax"].items() if f is not None)
             lines.append(f"  Fmax of GO terms from the sequence alone: {fmax}")
+    if done.best_folder is not None:
+        lines.append(f"  model of the lowest validation loss: {done.best_folder}")
     if done.model_folder is None:
         lines.append(f"  stopped with a checkpoint, {done.checkpoint}: --resume goes on")
     else:

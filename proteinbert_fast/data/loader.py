@@ -43,7 +43,8 @@ class Step:
 
     Attributes:
         parts: what goes through the model together.
-        n_proteins, n_tokens, n_annotated: of the whole batch, all ranks together.
+        n_proteins, n_tokens, n_residues, n_annotated: of the whole batch, all ranks together. Tokens are residues, and
+            START and END where a window has them.
         window: most tokens of a protein, or None.
         following: the place behind this batch, where a run that stops after it goes on.
         epoch: of the batch's first protein.
@@ -52,6 +53,7 @@ class Step:
     parts: tuple[MicroBatch, ...]
     n_proteins: int
     n_tokens: int
+    n_residues: int
     n_annotated: int
     window: int | None
     following: Cursor
@@ -151,6 +153,7 @@ class Loader:
             parts,
             len(places),
             int(sizes.sum()),
+            int((sizes - (starts == 0) - (starts + sizes == lengths)).sum()),
             int(is_annotated.sum()),
             batch.window,
             following,

@@ -120,7 +120,7 @@ class Meter:
         self._per_protein = training_flops_per_protein(sizes)
         self._peak = n_ranks * matrix_rate(device, config.precision)
         self._started = self._since = time.monotonic()
-        self._tokens = self._proteins = self._n = 0
+        self._tokens = self._residues = self._proteins = self._n = 0
         self._losses = [0.0, 0.0]
         self._bar: Any = None
         if shows:
@@ -135,20 +135,21 @@ class Meter:
         """Since the start."""
         return time.monotonic() - self._started
 
-    def add(self, step: Step, token_loss: float, annotation_loss: float) -> None:
-        """Hears of a step."""
+    def add(self, step: Step, token_loss: float, annotation_loss: float, is_made: bool) -> None:
+        """Hears of a step; the losses of one that was skipped do not count."""
         self._tokens += step.n_tokens
+        self._residues += step.n_residues
         self._proteins += step.n_proteins
-        if math.isfinite(token_loss + annotation_loss):  # not so where a step was skipped
+        if is_made and math.isfinite(token_loss + annotation_loss):
             self._n += 1
             self._losses = [self._losses[0] + token_loss, self._losses[1] + annotation_loss]
         if self._bar is not None:
             self._bar.update()
 
     def row(self) -> dict[str, float | None]:
-        """Means since the last row, None where no step of it had a finite loss; starts anew."""
+        """Means since the last row, None where no step of it was made; starts anew."""
         seconds = max(time.monotonic() - self._since, 1e-9)
-        rate = self._tokens / seconds
+        rate = self._residues / seconds
         flops = (self._tokens * self._flops + self._proteins * self._per_protein) / seconds
         token_loss, annotation_loss = (total / self._n if self._n else None for total in self._losses)
         row = {
@@ -161,7 +162,7 @@ class Meter:
             losses = f"loss {token_loss or math.nan:.3f} + {annotation_loss or math.nan:.4f}"
             self._bar.set_postfix_str(f"{losses}, {rate:,.0f} residues/s, {flops / self._peak:.0%} of peak")
         self._since = time.monotonic()
-        self._tokens = self._proteins = self._n = 0
+        self._tokens = self._residues = self._proteins = self._n = 0
         self._losses = [0.0, 0.0]
         return row
 

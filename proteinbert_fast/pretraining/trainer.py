@@ -51,7 +51,8 @@ from proteinbert_fast.pretraining.validation import validate
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE, LOG_FILE, MODEL_FOLDER, CHECKPOINTS, LOCK = "config.json", "log.jsonl", "model", "checkpoints", "lock"
+CONFIG_FILE, LOG_FILE, CHECKPOINTS, LOCK = "config.json", "log.jsonl", "checkpoints", "lock"
+MODEL_FOLDER, BEST_FOLDER = "model", "best"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -63,6 +64,7 @@ class Pretrained:
         step: steps made.
         is_complete: whether these are all.
         model_folder: with the trained model, for ``ProteinBert.from_pretrained``; None if it was stopped before.
+        best_folder: with that of the lowest validation loss so far; None without ``keep_best`` or a validation.
         checkpoint: the newest.
         validation: the last validation's numbers, {} if there was none.
     """
@@ -70,6 +72,7 @@ class Pretrained:
     step: int
     is_complete: bool
     model_folder: Path | None
+    best_folder: Path | None
     checkpoint: Path
     validation: dict[str, Any]
 
@@ -158,6 +161,7 @@ class _Run:
             self.objective = nn.parallel.DistributedDataParallel(
                 self.objective, device_ids=ids, gradient_as_bucket_view=True
             )
+        self.is_settled = self.n_ranks == 1
         self.board = TensorBoard(folder, self.step) if is_first() and config.tensorboard else None
         self.log = Log(folder / LOG_FILE, self.step) if is_first() else None
         self.meter = Meter(config, self.model.config, device, self.n_ranks, progress and is_first(), self.step)
@@ -172,13 +176,14 @@ class _Run:
             for thing in (self.meter, self.log, self.board):
                 if thing is not None:
                     stack.callback(thing.close)
+            if config.keep_best and self.best["step"] == self.step:  # in case that it was killed before the same below
+                self._export(BEST_FOLDER)
             if self.step < config.steps:
                 stream = Prefetched(self._tasks(), ahead=2)
                 for step, tasks in stack.enter_context(stream):
                     self._train(step, tasks)
                     if config.validate_every and self.step % config.validate_every == 0:
                         self._validate()
-                    is_best = config.keep_best and self.best["step"] == self.step
                     now = time.monotonic()
                     minutes = (now - started) / 60
                     stop = self._agreed(
@@ -188,25 +193,31 @@ class _Run:
                     is_last = self.step >= config.steps or stop[0]
                     if is_last and self.step == config.steps and self.validation.get("step") != self.step:
                         self._validate()
+                    is_best = config.keep_best and self.best["step"] == self.step
                     if is_last or is_best or stop[1] or self.step % config.checkpoint_every == 0:
                         self._save()
                         saved_at, saved_step = time.monotonic(), self.step
+                    if is_best:
+                        self._export(BEST_FOLDER)
                     if is_last:
                         break
             if saved_step != self.step:
                 self._save()
             saved = self._newest()
         is_complete = self.step >= config.steps
-        model_folder = self.folder / MODEL_FOLDER if is_complete else None
-        if model_folder is not None and is_first():
-            self.export(model_folder)
-        from_first(None)
-        return Pretrained(self.step, is_complete, model_folder, saved[1], self.validation)
+        model_folder = self._export(MODEL_FOLDER) if is_complete else None
+        best = self.folder / BEST_FOLDER
+        best_folder = best if config.keep_best and best.is_dir() else None
+        return Pretrained(self.step, is_complete, model_folder, best_folder, saved[1], self.validation)
 
-    def export(self, folder: Path) -> None:
-        """Writes the model, its running mean where there is one."""
-        with self._averaged():
-            self.model.save_pretrained(folder)
+    def _export(self, name: str) -> Path:
+        """Writes the model, its running mean where there is one; all ranks wait for it."""
+        folder = self.folder / name
+        if is_first():
+            with self._averaged():
+                self.model.save_pretrained(folder)
+        from_first(None)
+        return folder
 
     def _tasks(self) -> Iterator[tuple[Step, list[Task]]]:
         """Steps with their corrupted batches; runs ahead in a thread."""
@@ -218,6 +229,8 @@ class _Run:
         config = self.config
         rate = self.rate.before(self.step)
         over_tokens, over_proteins = divisors(config, step)
+        if not self.is_settled:
+            self._settle(tasks[0])
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         for i, (part, task) in enumerate(zip(step.parts, tasks, strict=True)):
@@ -236,16 +249,18 @@ class _Run:
         self.scaler.unscale_(self.optimizer)
         ((names, largest),) = largest_gradients(self.model).values()
         token_sum, annotation_sum, *sizes = torch.cat([sums, largest.double()]).tolist()
-        self._move_weights([name for name, size in zip(names, sizes, strict=True) if not math.isfinite(size)])
-        for mean, p in zip(self.ema, self.model.parameters(), strict=bool(self.ema)):
-            mean.lerp_(p.detach(), 1 - config.ema)
+        nonfinite = [name for name, size in zip(names, sizes, strict=True) if not math.isfinite(size)]
+        is_made = self._move_weights(nonfinite)
         token_loss, annotation_loss = token_sum / over_tokens, annotation_sum / over_proteins
         loss_value = token_loss + config.annotation_weight * annotation_loss
-        self.rate.after(loss_value)
+        if is_made:
+            self.rate.after(loss_value)
+            for mean, p in zip(self.ema, self.model.parameters(), strict=bool(self.ema)):
+                mean.lerp_(p.detach(), 1 - config.ema)
         self.step, self.cursor = self.step + 1, step.following
         self.counts["records"] += step.n_proteins
-        self.counts["residues"] += step.n_tokens
-        self.meter.add(step, token_loss, annotation_loss)
+        self.counts["residues"] += step.n_residues
+        self.meter.add(step, token_loss, annotation_loss, is_made)
         if self.step % config.log_every == 0 or self.step == config.steps:
             self._record(
                 {"kind": "train", "epoch": step.epoch, "loss": loss_value if math.isfinite(loss_value) else None}
@@ -254,8 +269,21 @@ class _Run:
                 | self.meter.row()
             )
 
-    def _move_weights(self, nonfinite: list[str]) -> None:
-        """The optimiser's step, or none where some parameters' gradients are not finite.
+    def _settle(self, task: Task) -> None:
+        """Lets DistributedDataParallel arrange gradients as it will in every step.
+
+        The places of gradients in its buckets decide the order in which ranks are summed, and so the rounding. It
+        chooses them by the order in which its first backward pass completes them, and that pass has others. Without
+        this one, from which nothing is kept, a run that is resumed would round a step as one that goes on does not.
+        """
+        with self._autocast():
+            tokens, annotations = self.objective(task)
+            loss = (tokens + annotations) * 0
+        loss.backward()
+        self.is_settled = True
+
+    def _move_weights(self, nonfinite: list[str]) -> bool:
+        """The optimiser's step, or none where some parameters' gradients are not finite; whether it was made.
 
         Infinities are part of finding a loss scale: they end a run only where no smaller scale would help.
         """
@@ -269,6 +297,7 @@ class _Run:
         if is_finite or self.scaler.is_enabled():  # the scaler has seen the same, and will lower the scale
             self.scaler.step(self.optimizer)
         self.scaler.update()
+        return is_finite
 
     def _validate(self) -> None:
         began = time.monotonic()
@@ -313,7 +342,6 @@ class _Run:
             "best": self.best,
             "validation": self.validation,
             "meter": self.meter.state_dict(),
-            "torch": torch.__version__,
             **self._machine(),
         }
         on_host = {name: value.detach().cpu().contiguous() for name, value in tensors.items()} if is_first() else {}
@@ -324,16 +352,16 @@ class _Run:
 
     def _start_or_resume(self, resume: bool) -> None:
         found = from_first(checkpoints(self.folder / CHECKPOINTS))
-        there = from_first({name for name in (CONFIG_FILE, MODEL_FOLDER) if (self.folder / name).exists()})
+        there = from_first({name for name in (CONFIG_FILE, MODEL_FOLDER, BEST_FOLDER) if (self.folder / name).exists()})
         if found and not resume:
             raise InputError(
                 f"{self.folder}: holds a run already, with a checkpoint of step {found[-1][0]:,}: go on with it "
                 "(--resume), or choose another folder"
             )
-        if MODEL_FOLDER in there and not found:
+        if not found and (models := sorted(there - {CONFIG_FILE})):
             raise InputError(
-                f"{self.folder}: holds the {MODEL_FOLDER} of a run whose checkpoints are gone: choose another folder, "
-                "or move this one away"
+                f"{self.folder}: holds {' and '.join(models)} of a run whose checkpoints are gone: choose another "
+                "folder, or move this one away"
             )
         if there and not found and not resume:
             raise InputError(
@@ -372,8 +400,9 @@ class _Run:
                 raise
             raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {error}") from error
         for name, now in self._machine().items():
-            if facts[name] != now and is_first():
-                logger.warning("%s: %s was %s, is %s: sums may round otherwise", path, name, facts[name], now)
+            before = facts.get(name, now)
+            if before != now and is_first():
+                logger.warning("%s: %s was %s, is %s: sums may round otherwise", path, name, before, now)
 
     def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
         def below(prefix: str) -> dict[str, Tensor]:
@@ -393,9 +422,14 @@ class _Run:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
 
     def _machine(self) -> dict[str, Any]:
-        """What else than corpus, options and versions may decide how sums round."""
+        """What else than corpus and options may decide how sums round."""
         threads = torch.get_num_threads() if self.device.type == "cpu" else None
-        return {"ranks": self.n_ranks, "device": self.device.type, "threads": threads}
+        with self._autocast():
+            backend = self.model.backend_report().partition(" ")[0]
+        return {
+            "ranks": self.n_ranks, "device": self.device.type, "threads": threads, "backend": backend,
+            "torch": torch.__version__,
+        }  # fmt: skip
 
     def _newest(self) -> tuple[int, Path]:
         return from_first(checkpoints(self.folder / CHECKPOINTS))[-1]

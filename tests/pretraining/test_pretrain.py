@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from proteinbert_fast import ProteinBert
 from proteinbert_fast.data.corpus import Corpus
@@ -24,15 +23,8 @@ from proteinbert_fast.pretraining import run_state, trainer
 from proteinbert_fast.pretraining.config import PretrainingConfig, read_config
 from proteinbert_fast.pretraining.trainer import pretrain
 
-SMALL = PretrainingConfig(
-    d_local=16, d_global=32, n_blocks=2, n_heads=2, d_key=16, kernel_size=3, steps=12, tokens_per_batch=1500,
-    window=200, precision="float32", learning_rate=2e-3, checkpoint_every=5, validate_every=6,
-    validation_proteins=10, log_every=1,
-)  # fmt: skip
-MODERN = replace(
-    SMALL, optimizer="adamw", schedule="cosine", warmup_steps=3, lowest_learning_rate=0.0, ema=0.9, clip=0.5,
-    weight_decay=0.01, loss="weighted_mean", tokens_per_pass=600, save="inputs",
-)  # fmt: skip
+from .runs import MODERN, SMALL, log, same, stop_after, weights
+
 KINDS = {
     "paper": SMALL,
     "modern": replace(MODERN, log_every=3, validate_every=4),
@@ -40,27 +32,6 @@ KINDS = {
     # CPUs take long for products of this precision.
     "loss scaling": replace(SMALL, precision="float16", steps=8, tokens_per_batch=250, window=60),
 }
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def log(folder: Path) -> list[dict[str, Any]]:
-    """The log but for what depends on the clock."""
-    clock = {"seconds", "residues_per_second", "share_of_matrix_peak"}
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in clock} for row in rows]
-
-
-def stop_after(n: int):
-    """Asked after each step: says stop after n of them."""
-    asked = iter(range(1, n + 1))
-    return lambda: next(asked) == n
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -193,12 +164,41 @@ def test_signals_stop_with_a_checkpoint(small_corpus, tmp_path, number, code):
     assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"] <= step
 
 
+def launcher(n: int, restarts: int = 0) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}",
+        f"--max-restarts={restarts}",
+    ]  # fmt: skip
+
+
 def torchrun(n: int, *arguments: str, restarts: int = 0, env: dict[str, str] | None = None) -> None:
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}",
-         f"--max-restarts={restarts}", *arguments],
-        check=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+        [*launcher(n, restarts), *arguments], check=True, timeout=400,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_stops_all_ranks_with_a_checkpoint(small_corpus, tmp_path):
+    folder = tmp_path / "run"
+    more = ["--steps", "100000", "--validate-every", "0", "--checkpoint-every", "100000", "--checkpoint-minutes", "0"]
+    run = subprocess.Popen(
+        [*launcher(2), *command(small_corpus, folder, *more)], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    give_up = time.monotonic() + 120
+    while not ((folder / "log.jsonl").exists() and len(log_lines(folder)) > 5) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert newest(folder) == -1
+    run.send_signal(signal.SIGTERM)
+    out, _ = run.communicate(timeout=60)
+    ((step, path),) = run_state.checkpoints(folder / "checkpoints")
+    assert step == json.loads(log_lines(folder)[-1])["step"] > 5
+    assert f"stopped with a checkpoint, {path}: --resume goes on" in out
+
+
+def log_lines(folder: Path) -> list[str]:
+    return (folder / "log.jsonl").read_text().splitlines()
 
 
 # A thread of the process group that outlives it may abort the process while the interpreter ends. One that has just
@@ -264,7 +264,10 @@ def test_any_number_of_ranks(small_corpus, tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_dies_is_started_again(small_corpus, tmp_path):
-    """One of two ranks kills itself at a step, once; torchrun starts both again, and they end with the same bits."""
+    """One of four ranks kills itself at a step, once; torchrun starts all again, and they end with the same bits.
+
+    Of two ranks it would show little: a sum of two does not depend on the order in which it is formed.
+    """
     script = tmp_path / "dies.py"
     script.write_text(
         "import os, signal, sys\n"
@@ -280,7 +283,7 @@ def test_a_rank_that_dies_is_started_again(small_corpus, tmp_path):
     )
     for name, env in (("whole", {}), ("died", {"DIES": "1"})):
         arguments = command(small_corpus, tmp_path / name, "--resume")[2:]
-        torchrun(2, str(script), *arguments, restarts=3, env=env)
+        torchrun(4, str(script), *arguments, restarts=3, env=env)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "died"))
     assert log(tmp_path / "whole") == log(tmp_path / "died")
 
@@ -453,9 +456,12 @@ def test_what_a_folder_holds_is_never_overwritten(small_corpus, tmp_path):
     before = (folder / "log.jsonl").read_bytes()
     shutil.rmtree(folder / "checkpoints")
     for resume in (False, True):
-        with pytest.raises(InputError, match="holds the model of a run whose checkpoints are gone"):
+        with pytest.raises(InputError, match="holds best and model of a run whose checkpoints are gone"):
             pretrain(small_corpus, folder, config, resume=resume)
     shutil.rmtree(folder / "model")
+    with pytest.raises(InputError, match="holds best of a run whose checkpoints are gone"):
+        pretrain(small_corpus, folder, config, resume=True)
+    shutil.rmtree(folder / "best")
     with pytest.raises(InputError, match="was stopped before its first checkpoint: begin it again"):
         pretrain(small_corpus, folder, config)
     assert (folder / "log.jsonl").read_bytes() == before
