@@ -272,12 +272,8 @@ def _(
     denominator: Tensor, weights: list[Tensor], starts: Tensor, lengths: Tensor, span_protein: Tensor,
     first_span: Tensor, n_heads: int, longest: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    return (
-        torch.empty_like(local),
-        torch.empty_like(state),
-        torch.empty_like(query),
-        [torch.empty_like(w) for w in weights],
-    )
+    d_inputs = (x.new_empty(x.shape) for x in (local, state, query))
+    return *d_inputs, [torch.empty_like(w) for w in weights]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

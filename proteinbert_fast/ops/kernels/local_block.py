@@ -315,7 +315,7 @@ def _(
     broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor, weights: list[Tensor],
     gap: int, wide_dilation: int, longest: int,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    return torch.empty_like(x), torch.empty_like(broadcast), [torch.empty_like(w) for w in weights]
+    return x.new_empty(x.shape), broadcast.new_empty(broadcast.shape), [torch.empty_like(w) for w in weights]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

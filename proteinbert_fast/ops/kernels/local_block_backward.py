@@ -390,7 +390,7 @@ def launch(
         for d, weight in zip(by_token, (w.narrow_weight, w.wide_weight), strict=True):
             d_x = d_x + torch.einsum("kto,oik->ti", d, weight.float())
         d_taps = [torch.einsum("kto,ti->koi", d, x.float()) for d in by_token]
-        d_x = d_x.to(x.dtype)
+        d_x = d_x.to(x.dtype).contiguous()
     norm1, bias1, norm2, bias2, dense_bias, narrow_bias, wide_bias = vectors.sum(0)
     d_narrow_weight, d_wide_weight = (d.permute(1, 2, 0) for d in d_taps)
     found = (
@@ -448,6 +448,8 @@ def _weight_gradient(
 ) -> Tensor:
     """(taps, D, D or symbols) float32: out by in, or out by token."""
     n_rows, channels = gradient.shape
+    if n_rows == gap:  # no protein
+        return gradient.new_zeros(taps, channels, channels if tokens is None else symbols, dtype=torch.float32)
     if c.hopper_weights is not None and tokens is None and taps > 1:
         from proteinbert_fast.ops.kernels import local_block_backward_hopper
 

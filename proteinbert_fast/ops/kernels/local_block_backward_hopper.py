@@ -260,6 +260,8 @@ def launch_weights(
     reason = weights_unsupported(channels, gradient.dtype, taps, dilation, gap)
     if reason:
         raise BackendError(f"the local block's weights' gradients for Hopper: {reason}")
+    if n_rows == gap:  # no protein
+        return gradient.new_zeros(1, taps, channels, channels, dtype=torch.float32)
     groups, c = taps // TAPS_AT_ONCE, chosen
     n_parts = max(1, min(n_programs // groups, triton.cdiv(n_rows - gap, 4 * c.rows)))
     rows_each = triton.cdiv(triton.cdiv(n_rows - gap, n_parts), c.rows) * c.rows

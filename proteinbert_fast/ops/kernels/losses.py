@@ -256,14 +256,21 @@ def _annotation_backward(
         # Large plain products: nothing is faster at them than the vendor's library.
         with torch.autocast(x.device.type, enabled=False):
             if wants_states:
-                dx += slopes @ w[columns]
+                dx += _product(slopes, w[columns])
             if wants_head:
-                dw[columns] = (slopes.t() @ x).to(torch.float32) * gradient
+                dw[columns] = _product(slopes.t(), x) * gradient
     if not wants_head:
         dw, db = dw.new_empty(0), db.new_empty(0)
     else:
         db = db.sum(0) * gradient
     return [(dx * gradient).to(x.dtype) if wants_states else x.new_empty(0), dw, db.to(bias.dtype)]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, not rounded to the 16 bits of its factors, in which a sum over many proteins might not fit."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 _token_loss = define_token_loss("token_loss", _token_forward, _token_backward)

@@ -70,6 +70,26 @@ def test_gradients_too_small_for_float16(loss, device):
         torch.testing.assert_close(a.double(), b, atol=2e-3 * float(b.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_go_heads_gradient_is_a_sum_in_float32(dtype, device):
+    """It exceeds float16's largest number before a mean makes it small, and is not rounded to 16 bits."""
+    case = LossCase("annotation", 300, 16, 20, dtype, device)
+    case.layer.float()
+    with torch.no_grad():
+        case.layer.weight.zero_()
+        case.layer.bias.zero_()
+    case.states.fill_(16.0)
+    case.states[:, 1] = 0.109375
+    weights = torch.full((300,), 1.0, device=device)
+    case.rest = (torch.zeros(300, 20, dtype=torch.bool, device=device), weights, torch.full((20,), 51.0, device=device))
+    with torch.autocast(device.type, dtype):
+        _, _, d_weight, _ = case.ours(kernels.annotation_loss, 1e-3)
+    exact = 300 * 51.0 / 2 * 1e-3  # the slopes, 25.5, are numbers of either dtype
+    assert exact * 16 * 1e3 > torch.finfo(torch.float16).max
+    torch.testing.assert_close(d_weight[:, 0], torch.full_like(d_weight[:, 0], exact * 16), rtol=1e-6, atol=0)
+    torch.testing.assert_close(d_weight[:, 1], torch.full_like(d_weight[:, 1], exact * 0.109375), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.int64, torch.bool], ids=str)
 def test_dense_targets_of_any_dtype(dtype, device):
     case = LossCase("annotation", 20, 32, 70, torch.float32, device)

@@ -164,11 +164,24 @@ def weight_gradients(model, run, batch):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def test_training_on_no_protein(model, device):
+    """As a rank without a share of a batch might: gradients are there, and 0."""
+    batch = Tokenizer()([]).to(device)
+    model.zero_grad(set_to_none=True)
+    out = model(batch)
+    (out.local_rows.float().sum() + out.global_state.float().sum()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if "head" not in name}
+    del gradients["annotation_input.weight"]  # no term is given
+    assert [name for name, g in gradients.items() if g is None or g.any()] == []
+
+
 @pytest.mark.slow
-def test_training_compiles_as_one_graph(model, device):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own imports
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_training_compiles_as_one_graph(model, device, backend):
     batch = Tokenizer()(SEQUENCES).to(device)
     plain = weight_gradients(model, model, batch)
-    compiled = weight_gradients(model, torch.compile(model, backend="aot_eager", fullgraph=True), batch)
+    compiled = weight_gradients(model, torch.compile(model, backend=backend, fullgraph=True), batch)
     assert plain.keys() == compiled.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(compiled[name], gradient, atol=1e-6, rtol=1e-4)

@@ -335,8 +335,30 @@ def test_operators_are_described_rightly(device):
     for saved in (torch.randn_like(case.x), case.x.new_empty(0, 32)):
         arguments = (case.x, None, case.x, None, saved, saved.clone(), word, *places, local_weights, 20, 5, 11)
         calls.append((operators.local_block_backward, arguments))
+    saved = torch.randn_like(case.x)
+    for x, of_x in ((table, tokens), (turned(table), tokens), (turned(case.x), None)):
+        arguments = (case.x, None, x, of_x, saved, saved.clone(), turned(word), *places, local_weights, 20, 5, 11)
+        calls.append((operators.local_block_backward, arguments))
+    for following in ([], message):
+        inputs = (case.x, case.state, query, track + following, *rows, 2, 11, False, True)
+        hidden, out, next_query, next_word, mean, _, pooled, denominator = operators.global_track(*inputs)
+        d_mean = None if following else mean
+        for local, state, asked in (
+            (case.x, case.state, query), (turned(case.x), turned(case.state), turned(query)),
+        ):  # fmt: skip
+            arguments = (
+                hidden, out, next_query if following else None, next_word if following else None, d_mean, local, state,
+                asked, hidden, out, next_query, pooled, denominator, track + following, batch.starts, batch.lengths,
+                *batch.spans(512), 2, 11,
+            )  # fmt: skip
+            calls.append((operators.global_track_backward, arguments))
     for operator, arguments in calls:
         torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def turned(x: Tensor) -> Tensor:
+    """The same with the strides of a transposed tensor."""
+    return x.t().contiguous().t()
 
 
 def test_weights_of_another_layout_are_taken(device):
