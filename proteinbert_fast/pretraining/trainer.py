@@ -438,7 +438,9 @@ class _Run:
         """What any rank wishes: clocks and signals reach them at different times."""
         if not is_distributed():
             return wishes
-        wanted = torch.tensor([float(w) for w in wishes], device=self.device)
+        # On the host where a back end for it was named, as the command does: that waits for no GPU.
+        device = "cpu" if "cpu:" in dist.get_backend_config() else self.device
+        wanted = torch.tensor([float(w) for w in wishes], device=device)
         dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
         return tuple(bool(w) for w in wanted.tolist())
 

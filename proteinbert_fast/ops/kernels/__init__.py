@@ -31,6 +31,8 @@ def unsupported(device: torch.device, config: ProteinBertConfig, dtype: torch.dt
         return "this is PyTorch for AMD GPUs, for which the kernels are not made"
     if device.type == "cuda" and (found := capability(device.index or 0)) < OLDEST:
         return f"the GPU's compute capability is {found / 10}, below {OLDEST / 10}"
+    if device.type == "cuda" and found < 80 and dtype == torch.float32 and config.d_global > 512:
+        return f"d_global is {config.d_global}, and a GPU of compute capability {found / 10} takes 512 in float32"
     if dtype not in DTYPES:
         return f"the dtype is {str(dtype).removeprefix('torch.')}, not float32, bfloat16 or float16"
     if config.d_local not in CHANNELS:

@@ -15,13 +15,21 @@ from torch import Tensor
 
 from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import LOG2_E, gelu, tanh
-from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES, capability_of, has_matrix_units, padded
+from proteinbert_fast.ops.kernels.launching import (
+    SIZES_OF_BATCHES,
+    capability_of,
+    has_large_tiles,
+    has_matrix_units,
+    padded,
+    shared_memory,
+)
 from proteinbert_fast.ops.precision import product_precision
 from proteinbert_fast.packing import cut_into_spans
 
 SPAN = 512
 SPANS_AT_ONCE = 32
 _RESIDUES_AT_ONCE = 32
+_SCRATCH = 4096  # bytes of shared memory that reductions take, or fewer
 
 
 class Configuration(NamedTuple):
@@ -183,7 +191,23 @@ def configuration(capability: int, channels: int, dtype: torch.dtype, precision:
         return Configuration(64, 8, 1, 32)
     if channels > 128:
         return Configuration(32, 8, 1, 0)
-    return Configuration(64, 4 if capability >= 90 else 8, 2, 0)
+    return Configuration(64, 4 if has_large_tiles(capability) else 8, 2, 0)
+
+
+def fitted(c: Configuration, capability: int, outputs: int, channels: int, itemsize: int) -> Configuration:
+    """The same, with the weights in parts where those of a whole head do not fit into a program's shared memory.
+
+    Args:
+        c: that all states of these channels get.
+        capability: 80 for 8.0; 0 in the interpreter.
+        outputs: keys and values of a head, padded.
+        channels: D.
+        itemsize: bytes of a number.
+    """
+    needed = (outputs + c.rows * c.stages) * channels * itemsize
+    if c.chunk or not capability or needed + _SCRATCH <= shared_memory(capability):
+        return c
+    return c._replace(chunk=32)
 
 
 class SpanSums(NamedTuple):
@@ -255,7 +279,11 @@ def span_sums(
     n_proteins, (n_rows, channels) = len(starts), local.shape
     d_key, d_value = len(key_weight) // n_heads, len(value_weight) // n_heads
     precision = product_precision(local.dtype)
-    c = chosen or configuration(capability_of(local), channels, local.dtype, precision)
+    c = chosen
+    if c is None:
+        capability, outputs = capability_of(local), padded(d_key) + padded(d_value)
+        c = configuration(capability, channels, local.dtype, precision)
+        c = fitted(c, capability, outputs, channels, local.element_size())
     width = n_heads * (d_value + 1) + (channels if residues else 0)
     protein, first = spans
     sums = local.new_empty(len(protein), width, dtype=torch.float32)

@@ -176,7 +176,7 @@ def configuration(capability: int, channels: int, dtype: torch.dtype, precision:
         # One stage: the next tile's rows would take the registers that the weights' gradients need.
         return Configuration(16, 16, 16, 16, 8, 1)
     if channels > 128:
-        return Configuration(32, 32, 64, 64, 8)
+        return Configuration(32, 16, 64, 64, 8, 2)
     return Configuration(64, 32, 64, 64, 8)
 
 
@@ -243,7 +243,9 @@ def launch(
     n_parts = triton.cdiv(len(protein), spans_each) if n_proteins else 0
     parts = local.new_empty(n_parts, n_heads * (d_key + d_value), channels, dtype=torch.float32)
     if not n_proteins:
-        return Gradients(d_local, torch.zeros_like(query), torch.zeros_like(key_weight), torch.zeros_like(value_weight))
+        return Gradients(
+            d_local, query.new_zeros(query.shape), torch.zeros_like(key_weight), torch.zeros_like(value_weight)
+        )
     tensors = (
         local, query.contiguous(), key_weight.to(dtype).contiguous(), value_weight.to(dtype).contiguous(), starts,
         lengths, protein, first, pooled, denominator, d_pooled.contiguous(),

@@ -15,7 +15,13 @@ from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels.activations import gelu, layer_norm, tanh
 from proteinbert_fast.ops.kernels.global_attention import SPAN, SpanSums, attention_weights, span_sums
-from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES, capability_of, has_matrix_units, padded
+from proteinbert_fast.ops.kernels.launching import (
+    SIZES_OF_BATCHES,
+    capability_of,
+    has_matrix_units,
+    padded,
+    shared_memory,
+)
 from proteinbert_fast.ops.operators import operator
 from proteinbert_fast.ops.precision import product_precision
 from proteinbert_fast.ops.recompute import recomputed
@@ -142,8 +148,16 @@ def global_track_kernel(
         tl.store(MEAN + rows[:, None] * D + columns[None, :], total / n_residues[:, None], mask=in_batch[:, None])
 
 
-def configuration(capability: int, dtype: torch.dtype, precision: str = "ieee") -> Configuration:
-    """The shipped one for a device; as for the local block."""
+def configuration(capability: int, n_global: int, dtype: torch.dtype, precision: str = "ieee") -> Configuration:
+    """The shipped one for a device; as for the local block, with the global states' width."""
+    c = _of_most_sizes(capability, dtype, precision)
+    needed = (padded(n_global) + PROTEINS) * c.chunk * dtype.itemsize  # of a chunk; one of the stages is in registers
+    if capability and needed * (c.stages - 1) > shared_memory(capability):
+        return c._replace(stages=2)
+    return c
+
+
+def _of_most_sizes(capability: int, dtype: torch.dtype, precision: str) -> Configuration:
     if capability == 0:  # Time in the interpreter goes by the number of operations, not by their sizes.
         return Configuration(64, 8, 3)
     if dtype == torch.float32 or not has_matrix_units(capability, dtype, precision):
@@ -172,7 +186,7 @@ def launch(
     state = state.contiguous()
     dtype, (n_proteins, n_global) = state.dtype, state.shape
     precision = product_precision(dtype)
-    c = chosen or configuration(capability_of(state), dtype, precision)
+    c = chosen or configuration(capability_of(state), n_global, dtype, precision)
     w = weights
     n_queries = 0 if following is None else len(following.query_weight)
     n_next, n_last = (0, n_proteins) if following is None else (n_proteins, 0)
@@ -272,8 +286,8 @@ def _(
     denominator: Tensor, weights: list[Tensor], starts: Tensor, lengths: Tensor, span_protein: Tensor,
     first_span: Tensor, n_heads: int, longest: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    d_inputs = (x.new_empty(x.shape) for x in (local, state, query))
-    return *d_inputs, [torch.empty_like(w) for w in weights]
+    d_local, d_state, d_query = (x.new_empty(x.shape) for x in (local, state, query))
+    return d_local, d_state, d_query, [torch.empty_like(w) for w in weights]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

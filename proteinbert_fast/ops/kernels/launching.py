@@ -23,6 +23,18 @@ def has_matrix_units(capability: int, dtype: torch.dtype, precision: str) -> boo
     return capability >= 80 and (dtype != torch.float32 or precision == "tf32")
 
 
+def has_large_tiles(capability: int) -> bool:
+    """Whether a program has 227 KB of shared memory, from which products read: Hopper, and Blackwell's data centre."""
+    return 90 <= capability < 120
+
+
+def shared_memory(capability: int) -> int:
+    """Bytes that one program may use: 99 KB of gaming and workstation GPUs from Ampere on, more in data centres."""
+    if has_large_tiles(capability):
+        return 227 << 10
+    return {75: 64, 80: 163, 87: 163}.get(capability, 99) << 10
+
+
 @lru_cache
 def capability(index: int) -> int:
     """Of a CUDA device: 80 for 8.0; 0 in the interpreter."""

@@ -18,6 +18,7 @@ from proteinbert_fast.ops.kernels.activations import gelu, kept_16_bit, layer_no
 from proteinbert_fast.ops.kernels.launching import (
     SIZES_OF_BATCHES,
     capability_of,
+    has_large_tiles,
     has_matrix_units,
     is_interpreted,
     padded,
@@ -221,7 +222,7 @@ def configuration(capability: int, channels: int, dtype: torch.dtype, precision:
         return Configuration(16, 16, 4 if not wide else 8, 2, False, True)
     if dtype == torch.float32:
         return Configuration(64 if not wide else 32, 16, 8, 2, False, True)
-    if capability >= 90:
+    if has_large_tiles(capability):
         return Configuration(128 if not wide else 64, min(channels, 64), 8, 3, True, False)
     return Configuration(64, min(channels, 32), 4 if not wide else 8, 3, False, False)
 

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.ops.kernels.activations import gelu, gelu_and_slope
-from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES, capability_of, has_matrix_units, padded
+from proteinbert_fast.ops.kernels.launching import (
+    SIZES_OF_BATCHES,
+    capability_of,
+    has_large_tiles,
+    has_matrix_units,
+    padded,
+)
 from proteinbert_fast.ops.kernels.local_block import HopperConfiguration, convolve, portable_because
 from proteinbert_fast.ops.kernels.protein_sums import protein_sums
 from proteinbert_fast.ops.precision import product_precision
@@ -283,7 +289,7 @@ def configuration(capability: int, channels: int, dtype: torch.dtype, precision:
         return Configuration(64, 64, 32, 4, 64, 3, False, dtype == torch.float32)
     if not has_matrix_units(capability, dtype, precision) or dtype == torch.float32:
         return Configuration(16, 16, 16, 8, 16, 1, False, True)
-    if capability >= 90:
+    if has_large_tiles(capability):
         return Configuration(
             32 if not wide else 16, 128 if not wide else 64, min(channels, 64), 8, 64, 1 if wide else 3, True, wide
         )

@@ -15,14 +15,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-SHARED_MEMORY = {75: 64, 80: 163, 90: 227, 100: 227}  # KB that one program may use
+SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # KB that one program may use
 REGISTERS = 65536  # of a multiprocessor
 CAPABILITIES = tuple(SHARED_MEMORY)
 POINTERS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "uint8": "u8", "int32": "i32", "int64": "i64"}
@@ -39,6 +39,16 @@ HOPPER = (
     "weight_gradient_hopper",
 )
 SUMS = ("add_spans", "row_sums", "add_parts")
+# What the width of the local states changes, and that of the global ones.
+WIDE = (
+    "local_block", "first_block", "global_attention", "pointwise", "first_pointwise", "convolution_gradient",
+    "weight_gradient", "dense_weight_gradient", "first_weight_gradient", "attention_rows_gradient",
+    "attention_weights_gradient",
+)  # fmt: skip
+WIDEST = (
+    "global_attention", "global_track", "attention_rows_gradient", "attention_weights_gradient",
+    "global_track_gradient",
+)  # fmt: skip
 LOSSES = ("token_loss", "token_loss_backward", "annotation_loss", "annotation_slope")
 # Capability, dtype and width of what --brief compiles.
 BRIEF = {(c, "bfloat16", 128) for c in (80, 90, 100)}
@@ -78,6 +88,7 @@ BUDGETS: dict[tuple[str, int, str, int], Budget] = {
     ("attention_weights_gradient", 80, "bfloat16", 128): Budget(local_loads=12),
     ("attention_rows_gradient", 80, "float32", 128): Budget(local_loads=80, matrix=0),
     ("global_track_gradient", 80, "float32", 128): Budget(local_loads=48, matrix=0),
+    ("global_track_gradient", 80, "tf32", 128): Budget(local_loads=96),
     ("local_block_hopper", 90, "bfloat16", 64): Budget(programs=2),
     ("local_block_hopper", 90, "bfloat16", 128): Budget(local_loads=8, programs=2),
     ("local_block_hopper", 90, "float16", 128): Budget(local_loads=8, programs=2),
@@ -94,18 +105,16 @@ for _capability in CAPABILITIES:
     BUDGETS["global_track_for_training", _capability, "bfloat16", 128] = Budget(local_loads=16)
     BUDGETS["global_track", _capability, "float32", 128] = Budget(local_loads=140, matrix=0)
     BUDGETS["local_block", _capability, "float32", 256] = Budget(local_loads=8, matrix=0)
+for _kernel in ("first_block", "first_block_for_training"):
+    BUDGETS[_kernel, 86, "bfloat16", 128] = BUDGETS[_kernel, 120, "bfloat16", 128] = Budget(local_loads=48)
+for _kernel, _capability, _loads in (
+    ("local_block", 86, 64), ("first_block", 86, 48), ("attention_weights_gradient", 80, 80),
+    ("attention_weights_gradient", 86, 80), ("attention_weights_gradient", 90, 80),
+):  # fmt: skip
+    BUDGETS[_kernel, _capability, "bfloat16", 256] = Budget(local_loads=_loads)
 # Triton computes products on Turing without its matrix units: kernels run there, slowly.
-for _kernel in (
-    "local_block",
-    "first_block",
-    "global_attention",
-    "global_track",
-    "linear",
-    "weights",
-    "pointwise",
-    "weight_gradient",
-):
-    BUDGETS[_kernel, 75, "float16", 128] = Budget(local_loads=240, matrix=0)
+for _kernel in (*FORWARD, *BACKWARD, *LOSSES):
+    BUDGETS[_kernel, 75, "float16", 128] = Budget(local_loads=320, matrix=0)
 
 
 @dataclass(frozen=True)
@@ -116,11 +125,13 @@ class Target:
     capability: int
     dtype: str
     d_local: int
+    d_global: int = 512
     changes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        return f"sm_{self.capability} {self.kernel} {self.dtype} d_local {self.d_local}"
+        wide = f" d_global {self.d_global}" if self.d_global != 512 else ""
+        return f"sm_{self.capability} {self.kernel} {self.dtype} d_local {self.d_local}{wide}"
 
     @property
     def is_hopper(self) -> bool:
@@ -130,21 +141,27 @@ class Target:
     @property
     def budget(self) -> Budget:
         default = Budget(matrix=0 if self.dtype == "float32" or self.kernel in SUMS else 1)
+        if self.d_global != 512:  # that they fit into shared memory is what counts
+            return replace(default, local_loads=2000)
         return BUDGETS.get((self.kernel, self.capability, self.dtype, self.d_local), default)
 
 
 def targets() -> list[Target]:
     """Every kernel on every kind of GPU, in the dtypes and widths in which its code differs."""
-    found = [Target(name, 75, "float16", 128) for name in ("local_block", "global_attention", "global_track", "linear")]
+    found = [Target(name, 75, "float16", 128) for name in (*FORWARD, *BACKWARD, *LOSSES)]
+    found += [Target(name, 86, "bfloat16", 128) for name in (*FORWARD, *BACKWARD)]
+    found += [Target(name, 120, "bfloat16", 128) for name in (*FORWARD, *BACKWARD)]
     found += [Target(name, 100, "bfloat16", 128) for name in (*FORWARD, *BACKWARD, *LOSSES)]
     for capability in (80, 90):
         found += [Target(name, capability, "bfloat16", 128) for name in (*FORWARD, *BACKWARD, *LOSSES, "token_head")]
-        for d_local in (64, 256):
-            found += [Target(name, capability, "bfloat16", d_local) for name in ("local_block", "global_attention")]
-        for name in ("first_block", "pointwise", "convolution_gradient", "weight_gradient"):
-            found.append(Target(name, capability, "bfloat16", 256))
+        found += [Target(name, capability, "bfloat16", 64) for name in ("local_block", "global_attention")]
+        found += [Target(name, capability, "bfloat16", 256) for name in WIDE]
         found += [Target(name, capability, "float16", 128) for name in ("local_block", "first_block")]
         found += [Target(name, capability, "tf32", 128) for name in ("local_block", "first_block", "global_attention")]
+    # The widest that are taken, where a program has the least memory.
+    found += [Target(name, 86, "bfloat16", 256) for name in WIDE]
+    found += [Target(name, 86, "bfloat16", 256, 1024) for name in WIDEST]
+    found += [Target(name, 80, "tf32", 128) for name in BACKWARD if "training" not in name]
     found += [Target(name, 90, "bfloat16", 128) for name in SUMS]
     found += [Target(name, 80, "float32", 128) for name in (*FORWARD, *BACKWARD, *LOSSES)]
     found += [Target(name, 90, "float32", 256) for name in ("local_block", "global_attention")]
@@ -224,7 +241,7 @@ def launches(target: Target) -> dict[str, Launch]:
 
     dtype = getattr(torch, target.dtype.replace("tf32", "float32"))
     torch.set_float32_matmul_precision("high" if target.dtype == "tf32" else "highest")
-    config = ProteinBertConfig(n_annotations=16, d_local=target.d_local, n_blocks=1)
+    config = ProteinBertConfig(n_annotations=16, d_local=target.d_local, d_global=target.d_global, n_blocks=1)
     block = Block(config).to(dtype)
     batch = Tokenizer()(["M" * 17_000, "M" * 40])  # so long that spans are added up in rounds
     table = torch.zeros(26, config.d_local, dtype=dtype, requires_grad=True)

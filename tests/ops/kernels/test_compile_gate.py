@@ -45,7 +45,7 @@ PLANTED_FOR_HOPPER = [
 
 
 def planted(changes: dict[str, Any], kernel: str = "local_block") -> Target:
-    return Target(kernel, 90, "bfloat16", 128, changes)
+    return Target(kernel, 90, "bfloat16", 128, changes=changes)
 
 
 @cache

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from proteinbert_fast import ProteinBertConfig, self_check
-from proteinbert_fast.ops.kernels import launching
+from proteinbert_fast.ops.kernels import global_attention, launching, local_block_backward
+from proteinbert_fast.ops.kernels.global_track import PROTEINS
+from proteinbert_fast.ops.kernels.global_track import configuration as of_global_track
 from proteinbert_fast.ops.kernels.launching import has_matrix_units, padded
+from proteinbert_fast.ops.kernels.local_block import configuration as of_local_block
 from proteinbert_fast.ops.precision import product_precision
 
 
@@ -91,3 +94,36 @@ def test_a_wrong_kernel_for_hopper_gives_way_to_the_portable_one(monkeypatch, po
         found = self_check._check(kind)
     assert (found is None) == portable_is_right
     assert module.portable_because(90, 128, torch.bfloat16).startswith("it failed a self-check: results are off")
+
+
+@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120, 121])
+@pytest.mark.parametrize("dtype", launching.DTYPES, ids=str)
+@pytest.mark.parametrize("n_global", [512, 1024])
+def test_tiles_of_the_global_track_fit_into_shared_memory(capability, dtype, n_global):
+    """What is held of a chunk, as machine code shows it; the compile gate looks at the rest."""
+    if (capability, dtype, n_global) == (75, torch.float32, 1024):
+        return  # refused
+    c = of_global_track(capability, n_global, dtype)
+    held = (c.stages - 1) * (n_global + PROTEINS) * c.chunk * dtype.itemsize
+    assert held <= launching.shared_memory(capability) + 2048 * (capability == 75)
+    assert c.stages == 3 or n_global == 1024 or capability == 75, "no fewer stages than needed"
+
+
+@pytest.mark.parametrize("outputs", [192, 320, 384])
+@pytest.mark.parametrize("channels", [128, 256])
+def test_weights_of_a_head_are_taken_in_parts_where_they_do_not_fit(outputs, channels):
+    for capability in (80, 86, 89, 90, 100, 120):
+        c = global_attention.configuration(capability, channels, torch.bfloat16)
+        found = global_attention.fitted(c, capability, outputs, channels, 2)
+        whole = (outputs + c.rows * c.stages) * channels * 2
+        if whole > launching.shared_memory(capability):
+            assert found.chunk == 32
+        elif outputs == 192 and channels == 128:
+            assert found == c, "as the published sizes"
+
+
+def test_gaming_blackwell_has_the_tiles_of_ampere():
+    for dtype in launching.DTYPES:
+        for configuration in (of_local_block, local_block_backward.configuration, global_attention.configuration):
+            for channels in (128, 256):
+                assert configuration(120, channels, dtype) == configuration(86, channels, dtype)
