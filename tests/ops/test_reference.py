@@ -166,6 +166,36 @@ def test_gradcheck_global_attention():
     assert torch.autograd.gradcheck(attention, [t.requires_grad_() for t in inputs])
 
 
+def test_gradcheck_global_block():
+    square, vector = (G, G), (G,)
+    shapes = (square, vector, vector, vector, square, vector, vector, vector)
+    inputs = [random(2, G), random(2, G, seed=8), *(random(*shape, seed=i) for i, shape in enumerate(shapes))]
+
+    def block(global_state, pooled, *weights):
+        return tuple(reference.global_block(global_state, pooled, GlobalBlockWeights(*weights)))
+
+    assert torch.autograd.gradcheck(block, [t.requires_grad_() for t in inputs])
+
+
+def test_gradcheck_embedding_and_means():
+    batch = batch_of(1, 4, 0)
+    terms = torch.tensor([2, 0, 2]), torch.tensor([0, 2, 2])
+    annotations = [random(3, G), random(G, seed=1)]
+    for given in (terms, random(3, 3, seed=2), None):
+        if given is None:
+            annotations = annotations[1:]
+
+        def embedded(*weights, given=given):
+            weight = weights[0] if given is not None else random(3, G)
+            return reference.embed_annotations(given, weight, weights[-1], 3)
+
+        assert torch.autograd.gradcheck(embedded, [t.detach().requires_grad_() for t in annotations])
+    assert torch.autograd.gradcheck(lambda w: reference.embed_tokens(batch.tokens, w), random(26, D).requires_grad_())
+    places = batch.segments, batch.starts, batch.lengths
+    rows = states(batch, D).requires_grad_()
+    assert torch.autograd.gradcheck(lambda r: reference.residue_mean(r, *places), rows)
+
+
 def test_convolution_is_torch_conv1d():
     x, weight, bias = random(50, D), random(D, D, TAPS), random(D)
     for dilation in (1, 5):

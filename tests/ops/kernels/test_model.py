@@ -1,5 +1,8 @@
 """The whole model on the Triton kernels: golden numbers, same bits, compiled, refused where it cannot run."""
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +18,7 @@ from tests.test_golden import UNPADDED, check_forward
 from .conftest import IS_INTERPRETED
 
 SMALL = ProteinBertConfig(n_annotations=30, d_local=32, d_global=64, n_blocks=2, n_heads=4, d_key=16)
+REPOSITORY = Path(__file__).parents[3]
 SEQUENCES = ["MKTAYIAKQRQISFVKSHFSRQ", "M", "", "ACDEFGHIKLMNPQRSTVWY" * 20]
 
 
@@ -252,3 +256,52 @@ def test_sizes_that_do_not_fit_are_refused(sizes, message, device):
         model(Tokenizer()(["MK"]).to(device))
     with pytest.raises(BackendError, match="the dtype is float64"):
         ProteinBert(SMALL, backend="triton").double().to(device)(Tokenizer()(["MK"]).to(device))
+
+
+RANK = """
+import os, sys
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tests.ops.kernels import interpreter
+from tests.ops.kernels.test_model import IS_INTERPRETED, SMALL, loss_of
+from proteinbert_fast import ProteinBert
+
+if IS_INTERPRETED:
+    interpreter.mend()
+rank, device = int(sys.argv[2]), torch.device(sys.argv[3])
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = ProteinBert(SMALL, backend="triton").to(device)
+wrapped = DistributedDataParallel(model)
+heard = []
+model.blocks[0].key.weight.register_post_accumulate_grad_hook(lambda p: heard.append(p.grad.shape))
+for _ in range(2):
+    model.zero_grad()
+    loss_of(wrapped, rank).backward()
+assert len(heard) == 2
+if rank == 0:
+    torch.save({name: p.grad for name, p in model.named_parameters()}, f"{sys.argv[1]}/gradients.pt")
+os._exit(0)
+"""
+
+
+def loss_of(run, rank):
+    """Of a rank's share: each has other proteins."""
+    device = next(run.parameters()).device
+    batch = Tokenizer()([["MKTAYIAKQR" * 3, "MSILV"], ["ACDEFGHIKL"]][rank]).to(device)
+    out = run(batch, torch.ones(len(batch), SMALL.n_annotations, device=device))
+    return out.token_logits.square().sum() + out.go_logits.square().sum()
+
+
+@pytest.mark.slow
+def test_gradients_of_ranks_are_averaged(device, tmp_path):
+    """DistributedDataParallel's hooks on the kernels' operators; gloo takes tensors of a GPU, too."""
+    command = [sys.executable, "-W", "ignore", "-c", RANK, str(tmp_path)]
+    ranks = [subprocess.Popen([*command, str(rank), str(device)], cwd=REPOSITORY) for rank in (0, 1)]
+    assert [rank.wait(300) for rank in ranks] == [0, 0]
+    found = torch.load(tmp_path / "gradients.pt")
+    torch.manual_seed(0)
+    model = ProteinBert(SMALL, backend="triton").to(device)
+    ((loss_of(model, 0) + loss_of(model, 1)) / 2).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, atol=1e-6 * float(p.grad.abs().max()), rtol=1e-5)
