@@ -466,12 +466,18 @@ def test_evaluate(programs, corpus: Path, tmp_path: Path, capsys):
     assert "a token is replaced with a probability of 0.3;" in capsys.readouterr().out
 
 
-def test_the_noise_of_a_models_training_is_found(programs, tmp_path: Path):
+def test_the_noise_of_a_models_training_is_found(programs, tmp_path: Path, monkeypatch):
     trained_noise = programs.evaluate.trained_noise
     assert trained_noise("nothing/of/this/name") == 0.05
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text(json.dumps({"config": {"replace_probability": 0.2}}))
     assert trained_noise(str(tmp_path / "run" / "model")) == 0.2
+    (tmp_path / "run" / "model" / "model.safetensors").touch()
+    assert trained_noise(str(tmp_path / "run" / "model" / "model.safetensors")) == 0.2
+    monkeypatch.chdir(tmp_path / "run" / "model")
+    assert trained_noise(".") == 0.2
+    Path("proteinbert").mkdir()
+    assert trained_noise("proteinbert") == 0.05
     (tmp_path / "run" / "model" / "pretrain.toml").write_text("replace_probability = 0.1\n")
     assert trained_noise(str(tmp_path / "run" / "model")) == 0.1
     (tmp_path / "run" / "model" / "pretrain.toml").write_text("replace_probability = 0\n")

@@ -36,6 +36,7 @@ from proteinbert_fast.pretraining.config import read_config
 from proteinbert_fast.pretraining.metrics import go_metrics
 from proteinbert_fast.weights import SHIPPED
 
+OFFICIAL = "proteinbert"
 UNTRAINED = "untrained model"
 TRAINED = "this model"
 LABELLED_THROUGHOUT = 4  # proteins whose every residue has a label are taken as a fourth as many
@@ -152,7 +153,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 def trained_noise(model: str) -> float:
     """The probability that a token of a model's training was replaced; the paper's where nothing says it."""
-    folder = SHIPPED.get(model, Path(model))
+    path = SHIPPED[model] if model in SHIPPED else Path(model).expanduser().resolve()
+    if not path.exists() or model == OFFICIAL:  # a name of published weights
+        return held_out.NOISE
+    folder = path if path.is_dir() else path.parent
     found: dict[str, Any] = {}
     if (options := folder / "pretrain.toml").is_file():
         found = read_config(options).to_dict()

@@ -42,7 +42,7 @@ KERNELS = {
 }
 # A gain smaller than timings vary is none.
 LEAST_GAIN = 0.02
-_SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that one program may use
+_OUTPUTS = 192  # keys and values of a head at the published sizes
 _ODD_LENGTHS = (0, 1, 13, 61, 126, 127, 509, 510, 1030)
 _TIMINGS = 5
 # A process that takes longer than this and as much again per candidate hangs in the candidate it is at.
@@ -72,6 +72,8 @@ class Tried(NamedTuple):
 
 def candidates(job: Job, capability: int) -> list[tuple[Any, ...]]:
     """Configurations worth a try on a GPU; those that cannot fit are left out."""
+    from proteinbert_fast.ops.kernels.launching import has_large_tiles, shared_memory
+
     dtype = PRECISIONS[job.dtype].dtype
     itemsize = dtype.itemsize
     matrix_units = itemsize == 2 and capability >= 80
@@ -82,15 +84,17 @@ def candidates(job: Job, capability: int) -> list[tuple[Any, ...]]:
             found = [(rows, 64, warps, stages, registers) for rows, warps in tiles for stages in (2, 3, 4, 6)
                      for registers in (128, 168, None) if rows * job.channels <= 128 * 32 * warps]  # fmt: skip
     elif job.kernel == "local_block" and matrix_units:
-        room = _SHARED_MEMORY[max((c for c in _SHARED_MEMORY if c <= capability), default=80)]
+        large = has_large_tiles(capability)
         for rows, warps in ((64, 4), (64, 8), (128, 8), (128, 16), (256, 16)):
             for chunk in sorted({min(size, job.channels) for size in (32, 64, 128)}):
                 for stages in (2, 3, 4):
                     for descriptors in (True, False) if capability >= 90 else (False,):
-                        # More accumulators spill; through pointers on Hopper only what is usual there.
-                        unusual = not descriptors and capability >= 90 and (chunk, stages) != (min(64, job.channels), 3)
-                        bytes_ = stages * (rows + job.channels) * chunk * itemsize
-                        if rows * job.channels <= 64 * 32 * warps and bytes_ <= room * 1024 and not unusual:
+                        # More accumulators spill; only what is usual through the other way to memory.
+                        unusual = (
+                            descriptors != large and capability >= 90 and (chunk, stages) != (min(64, job.channels), 3)
+                        )
+                        fits = stages * (rows + job.channels) * chunk * itemsize <= shared_memory(capability)
+                        if rows * job.channels <= 64 * 32 * warps and fits and not unusual:
                             found.append((rows, chunk, warps, stages, descriptors, False))
     elif job.kernel == "local_block" and job.dtype == "tf32":
         found = [(rows, chunk, warps, 2, False, True) for rows in (32, 64, 128) for chunk in (16, 32)
@@ -102,6 +106,12 @@ def candidates(job: Job, capability: int) -> list[tuple[Any, ...]]:
         found = [(rows, warps, stages, 32) for rows in (32, 64, 128) for warps in (4, 8) for stages in (1, 2)]
     elif matrix_units:
         found = [(rows, warps, stages, 0) for rows in (32, 64, 128) for warps in (4, 8) for stages in (1, 2, 3, 4)]
+        attention = _module("global_attention")
+        found = [
+            c
+            for c in found
+            if not attention.fitted(attention.Configuration(*c), capability, _OUTPUTS, job.channels, itemsize).chunk
+        ]
     else:
         found = [(rows, warps, 1, chunk) for rows in (16, 32) for warps in (4, 8) for chunk in (16, 32)]
     return found

@@ -28,7 +28,7 @@ RELATIONS = ("part_of", "is_a", "none")
 UNKNOWN, OBSOLETE = -1, -2
 
 _ASPECTS: dict[str, Aspect] = {"biological_process": "P", "molecular_function": "F", "cellular_component": "C"}
-_GO_ID = re.compile(r"GO:[0-9]{7}")
+GO_ID = re.compile(r"GO:[0-9]{7}")
 _COMMENT = re.compile(rb"^[ \t]*!.*$", re.MULTILINE)
 _LARGEST = 10_000_000  # ids have seven digits
 
@@ -117,10 +117,10 @@ class GeneOntology:
         """int32 (10,000,000,): `find` for every GO number (5737 is GO:0005737); 40 MB."""
         table = np.full(_LARGEST, UNKNOWN, np.int32)
         for go_id in self.obsolete:
-            if _GO_ID.fullmatch(go_id):
+            if GO_ID.fullmatch(go_id):
                 table[int(go_id[3:])] = OBSOLETE
         for go_id, index in self._index.items():
-            if _GO_ID.fullmatch(go_id):
+            if GO_ID.fullmatch(go_id):
                 table[int(go_id[3:])] = index
         return table
 
@@ -231,7 +231,7 @@ class _Reading:
 
     def _add(self, parsed: Any) -> None:
         go_id = str(parsed.id)
-        if not _GO_ID.fullmatch(go_id):
+        if not GO_ID.fullmatch(go_id):
             return  # terms of other ontologies, which some editions of GO refer to
         if go_id in self._frames:
             raise self._error(go_id, "is defined twice", occurrence=2)
@@ -262,7 +262,7 @@ class _Reading:
         return Term(go_id, frame.name, frame.aspect, is_a, tuple(p for p in part_of if p not in is_a))
 
     def _indices(self, go_id: str, relation: str, parents: list[str], index: dict[str, int]) -> tuple[int, ...]:
-        parents = [parent for parent in parents if _GO_ID.fullmatch(parent)]
+        parents = [parent for parent in parents if GO_ID.fullmatch(parent)]
         for parent in parents:
             if parent not in index:
                 what = "is obsolete" if parent in self._frames else "is not defined in the file"

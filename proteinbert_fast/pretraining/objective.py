@@ -53,14 +53,21 @@ def make_task(
     clean = (batch.tokens.pin_memory() if device.type == "cuda" else batch.tokens).to(device, non_blocking=True)
     views = moved(torch.as_tensor(batch.views))
     noisy = corrupt_tokens(clean, views, seed=config.seed, step=0, probability=config.replace_probability)
-    shown = corrupt_annotations(
-        batch.terms, n_terms, batch.views, seed=config.seed, step=0, remove=config.remove_probability,
-        add=config.add_probability, hide=config.hide_probability if hide is None else hide,
-    )  # fmt: skip
+    shown = shown_terms(batch, n_terms, config, hide)
     weights = moved(batch.is_annotated.to(torch.float32))
     return Task(
         noisy, clean, (moved(shown[0]), moved(shown[1])), (moved(batch.terms[0]), moved(batch.terms[1])), weights
     )
+
+
+def shown_terms(
+    batch: MicroBatch, n_terms: int, config: PretrainingConfig, hide: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """GO terms as the model is given them, sparse; on the host. The arguments are those of ``make_task``."""
+    return corrupt_annotations(
+        batch.terms, n_terms, batch.views, seed=config.seed, step=0, remove=config.remove_probability,
+        add=config.add_probability, hide=config.hide_probability if hide is None else hide,
+    )  # fmt: skip
 
 
 class Objective(nn.Module):

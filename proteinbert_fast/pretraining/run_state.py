@@ -30,7 +30,7 @@ from proteinbert_fast.checkpoints.files import flush_directory, flush_file, one_
 from proteinbert_fast.errors import CheckpointError
 
 FORMAT = "proteinbert_fast pretraining checkpoint"
-VERSION = 2
+VERSION = 3  # 2 counted starts and ends of proteins as residues
 T = TypeVar("T")
 
 _NAME = re.compile(r"step-(\d{8,})")

@@ -64,7 +64,8 @@ class Pretrained:
         step: steps made.
         is_complete: whether these are all.
         model_folder: with the trained model, for ``ProteinBert.from_pretrained``; None if it was stopped before.
-        best_folder: with that of the lowest validation loss so far; None without ``keep_best`` or a validation.
+        best_folder: with that of the lowest validation loss so far; None without ``keep_best``, without a
+            validation, or where its weights are gone.
         checkpoint: the newest.
         validation: the last validation's numbers, {} if there was none.
     """
@@ -152,6 +153,7 @@ class _Run:
         self.step, self.cursor = 0, Cursor()
         self.counts = {"records": 0, "residues": 0, "skipped": 0, "seconds": 0.0}
         self.best: dict[str, Any] = {"step": -1, "loss": math.inf}
+        self.best_folder: Path | None = None
         self.validation: dict[str, Any] = {}
         self.sums: dict[str, Any] = {}  # the meter's, of the steps since the last row of the log
         self._start_or_resume(resume)
@@ -176,8 +178,8 @@ class _Run:
             for thing in (self.meter, self.log, self.board):
                 if thing is not None:
                     stack.callback(thing.close)
-            if config.keep_best and self.best["step"] == self.step:  # in case that it was killed before the same below
-                self._export(BEST_FOLDER)
+            if config.keep_best and self.best["step"] >= 0:
+                self._restore_best()
             if self.step < config.steps:
                 stream = Prefetched(self._tasks(), ahead=2)
                 for step, tasks in stack.enter_context(stream):
@@ -198,7 +200,7 @@ class _Run:
                         self._save()
                         saved_at, saved_step = time.monotonic(), self.step
                     if is_best:
-                        self._export(BEST_FOLDER)
+                        self.best_folder = self._export(BEST_FOLDER)
                     if is_last:
                         break
             if saved_step != self.step:
@@ -206,17 +208,31 @@ class _Run:
             saved = self._newest()
         is_complete = self.step >= config.steps
         model_folder = self._export(MODEL_FOLDER) if is_complete else None
-        best = self.folder / BEST_FOLDER
-        best_folder = best if config.keep_best and best.is_dir() else None
-        return Pretrained(self.step, is_complete, model_folder, best_folder, saved[1], self.validation)
+        return Pretrained(self.step, is_complete, model_folder, self.best_folder, saved[1], self.validation)
 
-    def _export(self, name: str) -> Path:
-        """Writes the model, its running mean where there is one; all ranks wait for it."""
+    def _restore_best(self) -> None:
+        """Writes the best model anew when a run goes on: it may have been killed before, or may not have kept it."""
+        step = self.best["step"]
+        if step == self.step:
+            self.best_folder = self._export(BEST_FOLDER)
+        elif path := dict(from_first(checkpoints(self.folder / CHECKPOINTS))).get(step):
+            tensors = load_state(path).tensors
+            prefix = "ema." if self.ema else "model."
+            weights = [tensors[prefix + name].to(self.device) for name, _ in self.model.named_parameters()]
+            self.best_folder = self._export(BEST_FOLDER, weights)
+
+    def _export(self, name: str, weights: list[Tensor] | None = None) -> Path:
+        """Writes the model, its running mean where there is one, or with other weights; all ranks wait for it."""
         folder = self.folder / name
+        error = None
         if is_first():
-            with self._averaged():
-                self.model.save_pretrained(folder)
-        from_first(None)
+            try:
+                with self._averaged() if weights is None else _swapped(self.model, weights):
+                    self.model.save_pretrained(folder)
+            except CheckpointError as failure:
+                error = str(failure)
+        if error := from_first(error):
+            raise CheckpointError(error)
         return folder
 
     def _tasks(self) -> Iterator[tuple[Step, list[Task]]]:

@@ -1,6 +1,7 @@
 """What the options of a run do: corruption, episodes, hidden GO terms, running mean, clipping, decay, clocks, log."""
 
 import math
+import shutil
 import subprocess
 import sys
 import types
@@ -26,6 +27,12 @@ from .runs import MODERN, SMALL, log, same, stop_after, weights
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ONE = replace(SMALL, steps=1, validate_every=0, log_every=1)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch):
+    """What options do is the same everywhere; on CPUs, small models have kernels that repeat to the bit."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def tasks_of(corpus: Path, config: Any, steps: int, hide: float | None = None) -> list[Task]:
@@ -279,6 +286,31 @@ def test_a_best_model_that_was_not_written_is_written_when_resumed(small_corpus,
     kept = load_file(next((tmp_path / "run" / "checkpoints" / "step-00000003").glob("*.safetensors")))
     best = load_file(done.best_folder / "model.safetensors")
     assert all(torch.equal(value, kept[f"model.{name}"]) for name, value in best.items())
+
+
+def test_a_best_model_that_is_old_or_missing_is_made_from_its_checkpoint(small_corpus, tmp_path, monkeypatch):
+    """As after a run with --no-keep-best, or one of an earlier version."""
+    losses = iter([3.0, 1.0, 2.0, 2.5])
+
+    def validating(model: ProteinBert, *args: Any) -> Any:
+        return {**validate(model, *args), "token_loss": next(losses)}
+
+    validate = trainer.validate
+    monkeypatch.setattr(trainer, "validate", validating)
+    config = replace(MODERN, steps=8, validate_every=2, annotation_weight=0.0, keep_last=9)
+    done = pretrain(small_corpus, tmp_path / "run", config, should_stop=stop_after(3))
+    old = load_file(done.best_folder / "model.safetensors")  # of step 2
+    without = replace(config, keep_best=False, checkpoint_every=1)
+    assert pretrain(small_corpus, tmp_path / "run", without, resume=True, should_stop=stop_after(2)).best_folder is None
+    done = pretrain(small_corpus, tmp_path / "run", config, resume=True, should_stop=stop_after(1))
+    new = load_file(done.best_folder / "model.safetensors")
+    kept = load_file(next((tmp_path / "run" / "checkpoints" / "step-00000004").glob("*.safetensors")))
+    assert not same(new, old)
+    assert all(torch.equal(value, kept[f"ema.{name}"]) for name, value in new.items())
+    shutil.rmtree(done.best_folder)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    done = pretrain(small_corpus, tmp_path / "run", config, resume=True)
+    assert done.best_folder is None, "its weights are gone"
 
 
 def test_without_keep_best_there_is_none(small_corpus, tmp_path):

@@ -191,7 +191,11 @@ def test_sigterm_to_torchrun_stops_all_ranks_with_a_checkpoint(small_corpus, tmp
         time.sleep(0.05)
     assert newest(folder) == -1
     run.send_signal(signal.SIGTERM)
-    out, _ = run.communicate(timeout=60)
+    try:
+        out, _ = run.communicate(timeout=60)
+    finally:
+        subprocess.run(["pkill", "-KILL", "-P", str(run.pid)], check=False)
+        run.kill()
     ((step, path),) = run_state.checkpoints(folder / "checkpoints")
     assert step == json.loads(log_lines(folder)[-1])["step"] > 5
     assert f"stopped with a checkpoint, {path}: --resume goes on" in out

@@ -26,8 +26,7 @@ from proteinbert_fast.data.loader import Loader, MicroBatch
 from proteinbert_fast.data.sampling import TokenBudget
 from proteinbert_fast.errors import InputError
 from proteinbert_fast.pretraining.config import PretrainingConfig
-from proteinbert_fast.pretraining.corruption import corrupt_annotations
-from proteinbert_fast.pretraining.objective import make_task
+from proteinbert_fast.pretraining.objective import make_task, shown_terms
 from proteinbert_fast.tokenizer import END, OTHER, PAD, START, VOCABULARY
 
 TABLE = "a corpus to batches"
@@ -70,10 +69,7 @@ def cases(setup: Setup) -> list[Case]:
 
         def corrupt(batch: MicroBatch) -> None:
             if has_gpu:
-                corrupt_annotations(
-                    batch.terms, n, batch.views, seed=config.seed, step=0, remove=config.remove_probability,
-                    add=config.add_probability, hide=config.hide_probability,
-                )  # fmt: skip
+                shown_terms(batch, n, config)
             else:
                 make_task(batch, n, config, torch.device("cpu"))
 

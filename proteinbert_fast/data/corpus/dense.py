@@ -6,7 +6,6 @@ each protein and term: about 1 TB for UniRef90. So it is read at any size and wr
 """
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -17,12 +16,12 @@ import numpy as np
 
 from proteinbert_fast._tokenizer import VOCABULARY
 from proteinbert_fast.data.disk import Sink, flush_folder, remove
+from proteinbert_fast.data.gene_ontology import GO_ID
 from proteinbert_fast.errors import InputError, ProteinBertError
 
 ROWS = 1000  # in memory at a time: 9 MB of booleans
 MALFORMED_GO = -1
 LARGEST = 10_000_000_000  # bytes of booleans to write
-_GO_ID = re.compile(r"GO:[0-9]{7}")
 _LETTERS = VOCABULARY.encode().ljust(256, b"?")
 
 _SHAPES = {
@@ -55,7 +54,7 @@ class Dense:
         self._check()
         self.n_records = len(file["uniprot_ids"])
         names = [_text(name) for name in file["included_annotations"][:]]
-        self.numbers = np.array([int(name[3:]) if _GO_ID.fullmatch(name) else MALFORMED_GO for name in names], np.int64)
+        self.numbers = np.array([int(name[3:]) if GO_ID.fullmatch(name) else MALFORMED_GO for name in names], np.int64)
 
     def _check(self) -> None:
         sizes: dict[str, int] = {}

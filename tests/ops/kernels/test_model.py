@@ -180,7 +180,7 @@ def test_training_on_no_protein(model, device):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor's own imports
+@pytest.mark.filterwarnings("ignore")  # of Inductor's own imports, and of its advice on TF32
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_training_compiles_as_one_graph(model, device, backend):
     batch = Tokenizer()(SEQUENCES).to(device)
@@ -298,7 +298,11 @@ def test_gradients_of_ranks_are_averaged(device, tmp_path):
     """DistributedDataParallel's hooks on the kernels' operators; gloo takes tensors of a GPU, too."""
     command = [sys.executable, "-W", "ignore", "-c", RANK, str(tmp_path)]
     ranks = [subprocess.Popen([*command, str(rank), str(device)], cwd=REPOSITORY) for rank in (0, 1)]
-    assert [rank.wait(300) for rank in ranks] == [0, 0]
+    try:
+        assert [rank.wait(300) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
     found = torch.load(tmp_path / "gradients.pt")
     torch.manual_seed(0)
     model = ProteinBert(SMALL, backend="triton").to(device)

@@ -140,7 +140,7 @@ def test_candidates_fit(kernel, dtype, capability):
 
 def test_shipped_configurations_are_candidates():
     for kernel, module in (("local_block", local_block), ("global_attention", global_attention)):
-        for capability in (80, 90):
+        for capability in (80, 86, 90, 100, 120):
             for dtype in ("bfloat16", "float16"):
                 shipped = tuple(module.configuration(capability, 128, getattr(torch, dtype)))
                 assert shipped in candidates(Job(kernel, dtype, 128), capability)
