@@ -125,7 +125,8 @@ def _chosen(keys: Tensor, n_terms: int, limit: int) -> tuple[Tensor, Tensor]:
     """
     bounds = torch.tensor(_binomial(n_terms, limit), device=keys.device)
     count = torch.searchsorted(bounds, _shifted(_draw(keys, 0), 64 - _COUNT_BITS), right=True)
-    most = len(bounds)
+    # On the host, to know how many there are at most costs nothing, and spares passes in which none is chosen.
+    most = int(count.max()) if count.device.type == "cpu" and len(count) else len(bounds)
     terms = keys.new_full((len(keys), most), -1)
     for i in range(most):
         last = n_terms - count + i
@@ -196,8 +197,12 @@ def _keys(records: Records, n_proteins: int, seed: int, step: int, purpose: int,
         raise InputError(f"records must be {n_proteins} integers, one for each protein")
     if numbers.device.type == "cpu" and n_proteins and numbers.min() < 0:
         raise InputError(f"records must be numbers from 0, got {int(numbers.min())}")
-    start = int(_mixed(_mixed(torch.tensor(_signed(seed), device="cpu")) ^ purpose))
-    return _mixed(_mixed(numbers.to(device).long() ^ start) ^ step)
+    return _mixed(_mixed(numbers.to(device).long() ^ _start(seed, purpose)) ^ step)
+
+
+@lru_cache(maxsize=64)
+def _start(seed: int, purpose: int) -> int:
+    return int(_mixed(_mixed(torch.tensor(_signed(seed), device="cpu")) ^ purpose))
 
 
 def _draw(keys: Tensor, k: Tensor | int) -> Tensor:
