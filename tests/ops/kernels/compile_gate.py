@@ -114,7 +114,8 @@ for _kernel, _capability, _loads in (
     BUDGETS[_kernel, _capability, "bfloat16", 256] = Budget(local_loads=_loads)
 # Triton computes products on Turing without its matrix units: kernels run there, slowly.
 for _kernel in (*FORWARD, *BACKWARD, *LOSSES):
-    BUDGETS[_kernel, 75, "float16", 128] = Budget(local_loads=320, matrix=0)
+    BUDGETS[_kernel, 75, "float16", 128] = Budget(local_loads=240, matrix=0)
+BUDGETS["attention_weights_gradient", 75, "float16", 128] = Budget(local_loads=320, matrix=0)
 
 
 @dataclass(frozen=True)
