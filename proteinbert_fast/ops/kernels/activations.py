@@ -81,3 +81,11 @@ def layer_norm(x, weight, bias, columns, EPSILON: tl.constexpr):
 def kept_16_bit(x):
     """A 16-bit value that stays one: without it the compiler keeps its float32 origin alive and spills it."""
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@triton.jit
+def settled(x):
+    """A float32 sum of products, waited for. Left in flight from one turn of a loop to the next, ptxas on Hopper makes
+    every product wait for the one before. No instruction is left of this.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1)

@@ -4,8 +4,9 @@ With p the softmax weight of a row, o what was pooled and do its gradient:
 
     dv = p do      dlogit = p (do . v - do . o)      dk = dlogit q / sqrt(K)      dq = sum of dlogit k / sqrt(K)
 
-One kernel takes rows, a span of a protein after the other, for the gradients of local states and queries; another takes
-heads, for those of the key and value weights, which many programs sum over a part of all spans each.
+One kernel takes rows, a span of a protein after the other, for the gradients of local states and queries. It leaves p and
+dlogit / sqrt(K) of every row and head behind, so that the other, for the gradients of the key and value weights, needs
+no sum over keys or values: its programs take some of a matrix's rows each, and sum over a part of all tiles of rows.
 """
 
 import math
@@ -16,13 +17,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from proteinbert_fast.ops.kernels.activations import LOG2_E, gelu_and_slope, tanh
+from proteinbert_fast.ops.kernels.activations import LOG2_E, gelu_and_slope, settled, tanh
 from proteinbert_fast.ops.kernels.global_attention import SPAN, SpanSums, add_spans, projected
-from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES, capability_of, has_matrix_units, padded
+from proteinbert_fast.ops.kernels.launching import (
+    SIZES_OF_BATCHES,
+    capability_of,
+    has_large_tiles,
+    has_matrix_units,
+    is_interpreted,
+    padded,
+)
 from proteinbert_fast.ops.kernels.local_block_backward import add_parts
 from proteinbert_fast.ops.precision import product_precision
+from proteinbert_fast.packing import cut_into_spans
 
-_PROGRAMS = 264
+_PROGRAMS = 264  # two on each multiprocessor of the largest chips: among so many are sums over rows split
 
 
 class Configuration(NamedTuple):
@@ -30,154 +39,217 @@ class Configuration(NamedTuple):
 
     Attributes:
         rows: of a tile of the rows' gradients.
+        values: channels of a head's values at a time there.
+        chunk: channels of the local state per product there, 0 for all at once.
+        stages: of the loop over heads, whose weights are fetched ahead.
         weight_rows: of a tile of the weights' gradients.
-        chunk: channels of the local state per product.
-        values: channels of a head's values at a time.
+        outputs: keys or values of a program of theirs, at most.
+        weight_chunk: as ``chunk``, for theirs. Without matrix units, all channels would not fit into registers.
+        weight_stages: tiles in flight.
         warps: per program.
-        stages: tiles in flight.
+        registers: most per thread for the weights' gradients, so that more programs fit; None for the compiler's choice.
     """
 
     rows: int
-    weight_rows: int
-    chunk: int
     values: int
+    chunk: int
+    stages: int
+    weight_rows: int
+    outputs: int
+    weight_chunk: int
+    weight_stages: int
     warps: int
-    stages: int = 3
+    registers: int | None
 
 
 @triton.jit
-def _softmax_weight(key, query, denominator, inside, SCALE: tl.constexpr):
-    """(M,) of rows whose keys (M, K) are given; zeros where not ``inside``."""
-    logit = tl.sum(key * query[None, :], axis=1) * (SCALE * LOG2_E)
-    return tl.where(inside, tl.exp2(logit) / denominator, 0.0)
+def _weights_of(W, first, n, n_outputs: tl.constexpr, D: tl.constexpr):
+    """Rows [first, first + n) of a matrix as (n_outputs, D), zeros below."""
+    outputs = tl.arange(0, n_outputs)
+    at = (first + outputs)[:, None] * D + tl.arange(0, D)[None, :]
+    return tl.load(W + at, mask=(outputs < n)[:, None], other=0.0)
 
 
 @triton.jit(do_not_specialize=SIZES_OF_BATCHES)
 def attention_rows_gradient_kernel(
     LOCAL, QUERY, KEY, VALUE, STARTS, LENGTHS, SPAN_PROTEIN, FIRST_SPAN, POOLED, DENOMINATOR, D_POOLED, D_MEAN,
-    D_LOCAL, D_QUERY, n_proteins,
+    D_LOCAL, D_QUERY, WEIGHT, D_LOGIT, n_proteins, n_rows,
     D: tl.constexpr, H: tl.constexpr, H_PADDED: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     K_PADDED: tl.constexpr, V_PADDED: tl.constexpr, SPAN: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
-    VALUES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, HAS_MEAN: tl.constexpr,
+    VALUES: tl.constexpr, SCALE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, HAS_MEAN: tl.constexpr,
 ):  # fmt: skip
-    """Program: a span. Its rows of D_LOCAL, and its part of the queries' gradients, D_QUERY (spans, H * K)."""
+    """Program: a span. Its rows of D_LOCAL, and its part of the queries' gradients, D_QUERY (spans, H * K).
+
+    WEIGHT and D_LOGIT (H, rows) take the softmax weights, and the gradients of keys' products with the query.
+    """
     span = tl.program_id(0)
     protein = tl.load(SPAN_PROTEIN + span).to(tl.int64)
     if protein < n_proteins:
         done = (span - tl.load(FIRST_SPAN + protein)) * SPAN
         first_row = tl.load(STARTS + protein) + done
         rows_left = tl.load(LENGTHS + protein) - done
-        n_rows = tl.minimum(rows_left, SPAN).to(tl.int32)
+        in_span = tl.minimum(rows_left, SPAN).to(tl.int32)
         columns = tl.arange(0, D)
         keys = tl.arange(0, K_PADDED)
         heads = tl.arange(0, H_PADDED)
         dtype = LOCAL.dtype.element_ty
         PRECISE: tl.constexpr = dtype == tl.float32
         d_query = tl.zeros((H_PADDED, K_PADDED), tl.float32)
-        for tile in range(0, n_rows, M):
+        for tile in range(0, in_span, M):
             row = tile + tl.arange(0, M)
-            inside = row < n_rows
+            inside = row < in_span
             rows = first_row + row
+            at_rows = rows[:, None] * D + columns[None, :]
             total = tl.zeros((M, D), tl.float32)
-            for head in range(0, H):
+            if not CHUNK:
+                local = tl.load(LOCAL + at_rows, mask=inside[:, None], other=0.0)
+            for head in tl.range(0, H, num_stages=STAGES):
                 query = tl.load(QUERY + (protein * H + head) * K + keys, mask=keys < K, other=0.0)
                 denominator = tl.load(DENOMINATOR + protein * H + head)
-                key = tanh(projected(LOCAL, KEY, rows, inside, head, 0, K, K_PADDED, D, CHUNK, PRECISION))
-                weight = _softmax_weight(key, query, denominator, inside, SCALE)
+                key_weight = _weights_of(KEY, head * K, K, K_PADDED, D)
+                if CHUNK:
+                    key = tanh(projected(LOCAL, KEY, rows, inside, head, 0, K, K_PADDED, D, CHUNK, PRECISION))
+                else:
+                    key = tanh(tl.dot(local, tl.trans(key_weight), input_precision=PRECISION))
+                logit = tl.sum(key * query[None, :], axis=1) * (SCALE * LOG2_E)
+                weight = tl.where(inside, tl.exp2(logit) / denominator, 0.0)
                 along = tl.zeros((M,), tl.float32)
-                for first in range(0, V_PADDED, VALUES):
-                    values = first + tl.arange(0, VALUES)
-                    result = projected(LOCAL, VALUE, rows, inside, head, first, V, VALUES, D, CHUNK, PRECISION)
+                for first in tl.static_range(0, V_PADDED, VALUES):
+                    value_weight = _weights_of(VALUE, head * V + first, V - first, VALUES, D)
+                    if CHUNK:
+                        result = projected(LOCAL, VALUE, rows, inside, head, first, V, VALUES, D, CHUNK, PRECISION)
+                    else:
+                        result = tl.dot(local, tl.trans(value_weight), input_precision=PRECISION)
                     value, slope = gelu_and_slope(result, PRECISE)
+                    values = first + tl.arange(0, VALUES)
                     at = (protein * H + head) * V + values
                     d_pooled = tl.load(D_POOLED + at, mask=values < V, other=0.0)
                     pooled = tl.load(POOLED + at, mask=values < V, other=0.0)
-                    along += tl.sum((value - pooled[None, :]) * d_pooled[None, :], axis=1)
+                    if PRECISE:
+                        along += tl.sum((value - pooled[None, :]) * d_pooled[None, :], axis=1)
+                    else:
+                        # One instruction less per value.
+                        along += tl.sum(value * d_pooled[None, :], axis=1) - tl.sum(pooled * d_pooled, axis=0)
                     d_result = (weight[:, None] * d_pooled[None, :] * slope).to(dtype)
-                    at = (head * V + values)[:, None] * D + columns[None, :]
-                    w = tl.load(VALUE + at, mask=(values < V)[:, None], other=0.0)
-                    total = tl.dot(d_result, w, total, input_precision=PRECISION)
+                    total = tl.dot(d_result, value_weight, total, input_precision=PRECISION)
                 d_logit = weight * along * SCALE
                 d_query_here = tl.sum(d_logit[:, None] * key, axis=0)
                 d_query += tl.where((heads == head)[:, None], d_query_here[None, :], 0.0)
                 d_result = (d_logit[:, None] * query[None, :] * (1.0 - key * key)).to(dtype)
-                at = (head * K + keys)[:, None] * D + columns[None, :]
-                w = tl.load(KEY + at, mask=(keys < K)[:, None], other=0.0)
-                total = tl.dot(d_result, w, total, input_precision=PRECISION)
+                total = tl.dot(d_result, key_weight, total, input_precision=PRECISION)
+                at = n_rows.to(tl.int64) * head + rows
+                tl.store(WEIGHT + at, weight, mask=inside)
+                tl.store(D_LOGIT + at, d_logit, mask=inside)
             if HAS_MEAN:
                 # The first and the last token of a protein are no residues.
                 residue = (done + row > 0) & (row + 1 < rows_left)
                 n_residues = tl.maximum(tl.load(LENGTHS + protein) - 2, 1).to(tl.float32)
                 d_mean = tl.load(D_MEAN + protein * D + columns) / n_residues
                 total += tl.where(residue[:, None], d_mean[None, :], 0.0)
-            at = rows[:, None] * D + columns[None, :]
-            tl.store(D_LOCAL + at, total.to(dtype), mask=inside[:, None])
+            tl.store(D_LOCAL + at_rows, total.to(dtype), mask=inside[:, None])
         out = D_QUERY + span.to(tl.int64) * (H * K) + heads[:, None] * K + keys[None, :]
         tl.store(out, d_query, mask=(heads < H)[:, None] & (keys < K)[None, :])
 
 
+@triton.jit
+def _weight_gradient(
+    LOCAL, W, FACTORS, ROW_FACTORS, STARTS, LENGTHS, TILE_PROTEIN, FIRST_TILE, OUT, tile, end, head, first, n_rows,
+    IS_KEY: tl.constexpr, SIZE: tl.constexpr, HEADS: tl.constexpr, OUTPUTS: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SETTLED: tl.constexpr,
+):  # fmt: skip
+    """OUT (H * SIZE, D), of OUTPUTS rows from the head's ``first`` on: sums over the tiles of rows [tile, end).
+
+    What is summed is slope * FACTORS (B, H * SIZE) * ROW_FACTORS (H, rows) * LOCAL. Outputs are rows here and the states'
+    rows are columns, so that the sums of one product are an operand of the next as they lie in registers.
+    """
+    dtype = LOCAL.dtype.element_ty
+    columns = tl.arange(0, D)
+    output = first + tl.arange(0, OUTPUTS)
+    is_output = output < HEADS * SIZE
+    output_at = head * SIZE + output
+    if not CHUNK:
+        w = tl.load(W + output_at[:, None] * D + columns[None, :], mask=is_output[:, None], other=0.0)
+    total = tl.zeros((OUTPUTS, D), tl.float32)
+    for i in tl.range(tile, end, num_stages=STAGES):
+        protein = tl.load(TILE_PROTEIN + i).to(tl.int64)
+        row = (i - tl.load(FIRST_TILE + protein)) * M + tl.arange(0, M)
+        inside = row < tl.load(LENGTHS + protein)
+        rows = tl.load(STARTS + protein) + row
+        x = tl.load(LOCAL + rows[:, None] * D + columns[None, :], mask=inside[:, None], other=0.0)
+        if CHUNK:
+            result = tl.zeros((OUTPUTS, M), tl.float32)
+            for k in range(0, D, CHUNK):
+                part = k + tl.arange(0, CHUNK)
+                xs = tl.load(LOCAL + rows[:, None] * D + part[None, :], mask=inside[:, None], other=0.0)
+                ws = tl.load(W + output_at[:, None] * D + part[None, :], mask=is_output[:, None], other=0.0)
+                result = tl.dot(ws, tl.trans(xs), result, input_precision=PRECISION)
+        else:
+            result = tl.dot(w, tl.trans(x), input_precision=PRECISION)
+        if IS_KEY:
+            key = tanh(result)
+            slope = 1.0 - key * key
+        else:
+            _, slope = gelu_and_slope(result, dtype == tl.float32)
+        of_rows = ROW_FACTORS + n_rows.to(tl.int64) * head + rows
+        factor = tl.load(of_rows, mask=inside, other=0.0)[None, :]
+        for next_head in tl.static_range(1, HEADS):
+            following = tl.load(of_rows + n_rows.to(tl.int64) * next_head, mask=inside, other=0.0)[None, :]
+            factor = tl.where((output >= next_head * SIZE)[:, None], following, factor)
+        of_outputs = tl.load(FACTORS + protein * (H * SIZE) + output_at, mask=is_output, other=0.0)
+        d_result = (slope * of_outputs[:, None] * factor).to(dtype)
+        total = tl.dot(d_result, x, total, input_precision=PRECISION)
+        if SETTLED:
+            total = settled(total)
+    tl.store(OUT + output_at[:, None] * D + columns[None, :], total, mask=is_output[:, None])
+
+
 @triton.jit(do_not_specialize=SIZES_OF_BATCHES)
 def attention_weights_gradient_kernel(
-    LOCAL, QUERY, KEY, VALUE, STARTS, LENGTHS, SPAN_PROTEIN, FIRST_SPAN, POOLED, DENOMINATOR, D_POOLED, PARTS,
-    n_proteins, n_spans, spans_each,
-    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PADDED: tl.constexpr,
-    V_PADDED: tl.constexpr, SPAN: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LOCAL, QUERY, KEY, VALUE, STARTS, LENGTHS, TILE_PROTEIN, FIRST_TILE, D_POOLED, WEIGHT, D_LOGIT, PARTS, n_proteins,
+    n_parts, n_rows,
+    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, V_PADDED: tl.constexpr, HEADS: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, SETTLED: tl.constexpr,
 ):  # fmt: skip
-    """Program (part, head): the head's rows of PARTS[part] (H * (K + V), D), keys above values, of its spans."""
+    """Program (part of the tiles, group): the group's rows of PARTS[part] (H * (K + V), D), keys above values.
+
+    A group is the keys of HEADS heads, KEYS with padding, or VALUES values of one.
+    """
     part = tl.program_id(0)
-    head = tl.program_id(1)
-    columns = tl.arange(0, D)
-    keys = tl.arange(0, K_PADDED)
-    values = tl.arange(0, V_PADDED)
-    dtype = LOCAL.dtype.element_ty
-    PRECISE: tl.constexpr = dtype == tl.float32
-    d_key = tl.zeros((K_PADDED, D), tl.float32)
-    d_value = tl.zeros((V_PADDED, D), tl.float32)
-    for i in range(0, spans_each):
-        span = part * spans_each + i
-        protein = tl.load(SPAN_PROTEIN + tl.minimum(span, n_spans - 1)).to(tl.int64)
-        # Spans that there are not read those of the first protein, and no rows.
-        is_none = (span >= n_spans) | (protein >= n_proteins)
-        protein = tl.where(is_none, 0, protein)
-        done = (span - tl.load(FIRST_SPAN + protein)) * SPAN
-        first_row = tl.load(STARTS + protein) + done
-        n_rows = tl.minimum(tl.load(LENGTHS + protein) - done, tl.where(is_none, 0, SPAN)).to(tl.int32)
-        query = tl.load(QUERY + (protein * H + head) * K + keys, mask=keys < K, other=0.0)
-        denominator = tl.load(DENOMINATOR + protein * H + head)
-        at = (protein * H + head) * V + values
-        d_pooled = tl.load(D_POOLED + at, mask=values < V, other=0.0)
-        pooled = tl.load(POOLED + at, mask=values < V, other=0.0)
-        for tile in range(0, n_rows, M):
-            row = tile + tl.arange(0, M)
-            inside = row < n_rows
-            rows = first_row + row
-            local = tl.load(LOCAL + rows[:, None] * D + columns[None, :], mask=inside[:, None], other=0.0)
-            key = tanh(projected(LOCAL, KEY, rows, inside, head, 0, K, K_PADDED, D, CHUNK, PRECISION))
-            weight = _softmax_weight(key, query, denominator, inside, SCALE)
-            result = projected(LOCAL, VALUE, rows, inside, head, 0, V, V_PADDED, D, CHUNK, PRECISION)
-            value, slope = gelu_and_slope(result, PRECISE)
-            along = tl.sum((value - pooled[None, :]) * d_pooled[None, :], axis=1)
-            d_result = (weight[:, None] * d_pooled[None, :] * slope).to(dtype)
-            d_value = tl.dot(tl.trans(d_result), local, d_value, input_precision=PRECISION)
-            d_logit = weight * along * SCALE
-            d_result = (d_logit[:, None] * query[None, :] * (1.0 - key * key)).to(dtype)
-            d_key = tl.dot(tl.trans(d_result), local, d_key, input_precision=PRECISION)
-    out = PARTS + part.to(tl.int64) * (H * (K + V) * D) + columns[None, :]
-    tl.store(out + (head * K + keys)[:, None] * D, d_key, mask=(keys < K)[:, None])
-    tl.store(out + (H * K + head * V + values)[:, None] * D, d_value, mask=(values < V)[:, None])
+    group = tl.program_id(1)
+    each = tl.cdiv(tl.load(FIRST_TILE + n_proteins).to(tl.int32), n_parts)
+    begin = part * each
+    end = tl.minimum(begin + each, tl.load(FIRST_TILE + n_proteins).to(tl.int32))
+    out = PARTS + part.to(tl.int64) * (H * (K + V) * D)
+    if group < H // HEADS:
+        _weight_gradient(
+            LOCAL, KEY, QUERY, D_LOGIT, STARTS, LENGTHS, TILE_PROTEIN, FIRST_TILE, out, begin, end, group * HEADS, 0,
+            n_rows, True, K, HEADS, KEYS, H, D, M, CHUNK, STAGES, PRECISION, SETTLED,
+        )  # fmt: skip
+    else:
+        group -= H // HEADS
+        _weight_gradient(
+            LOCAL, VALUE, D_POOLED, WEIGHT, STARTS, LENGTHS, TILE_PROTEIN, FIRST_TILE, out + H * K * D, begin, end,
+            group // (V_PADDED // VALUES), group % (V_PADDED // VALUES) * VALUES,
+            n_rows, False, V, 1, VALUES, H, D, M, CHUNK, STAGES, PRECISION, SETTLED,
+        )  # fmt: skip
 
 
 def configuration(capability: int, channels: int, dtype: torch.dtype, precision: str = "ieee") -> Configuration:
     """The shipped one for a device; as for the local block."""
+    exact = dtype == torch.float32
     if capability == 0:  # Time in the interpreter goes by the number of operations, not by their sizes.
-        return Configuration(64, 64, 32, 64, 4)
-    if not has_matrix_units(capability, dtype, precision) or dtype == torch.float32:
-        # One stage: the next tile's rows would take the registers that the weights' gradients need.
-        return Configuration(16, 16, 16, 16, 8, 1)
+        chunk = 32 if exact else 0
+        return Configuration(64, 64, chunk, 1, 64, 64, chunk, 1, 4, None)
+    if exact or not has_matrix_units(capability, dtype, precision):
+        return Configuration(16, 16, 16, 1, 16, 128 if exact else 64, 16, 1, 8, None)
     if channels > 128:
-        return Configuration(32, 16, 64, 64, 8, 2)
-    return Configuration(64, 32, 64, 64, 8)
+        return Configuration(32, 64, 64, 2, 32, 64, 0, 2, 8, None)
+    if 90 <= capability < 100:
+        return Configuration(128, 64, 0, 2, 64, 128, 0, 3, 8, 128)
+    # Blackwell's memory for sums of products has no room for tiles of 128 rows: Triton 3.6 makes a kernel of a trap.
+    large = has_large_tiles(capability)
+    return Configuration(64, 64, 64, 3, 64 if large else 32, 128, 0, 3 if large else 2, 8, None)
 
 
 class Gradients(NamedTuple):
@@ -237,31 +309,39 @@ def launch(
     c = chosen or configuration(capability_of(local), channels, dtype, precision)
     protein, first = spans
     d_local = torch.zeros_like(local)
-    d_query = local.new_empty(len(protein), n_heads * d_key, dtype=torch.float32)
-    n_parts = max(1, min(_PROGRAMS // n_heads, len(protein)))
-    spans_each = triton.cdiv(len(protein), n_parts)
-    n_parts = triton.cdiv(len(protein), spans_each) if n_proteins else 0
-    parts = local.new_empty(n_parts, n_heads * (d_key + d_value), channels, dtype=torch.float32)
     if not n_proteins:
         return Gradients(
             d_local, query.new_zeros(query.shape), torch.zeros_like(key_weight), torch.zeros_like(value_weight)
         )
-    tensors = (
-        local, query.contiguous(), key_weight.to(dtype).contiguous(), value_weight.to(dtype).contiguous(), starts,
-        lengths, protein, first, pooled, denominator, d_pooled.contiguous(),
-    )  # fmt: skip
+    d_query = local.new_empty(len(protein), n_heads * d_key, dtype=torch.float32)
+    weight, d_logit = (local.new_empty(n_heads, n_rows, dtype=torch.float32) for _ in range(2))
+    query, d_pooled = query.contiguous(), d_pooled.contiguous()
+    matrices = key_weight.to(dtype).contiguous(), value_weight.to(dtype).contiguous()
     sizes = {
-        "D": channels, "H": n_heads, "K": d_key, "V": d_value, "K_PADDED": padded(d_key), "V_PADDED": padded(d_value),
-        "SPAN": SPAN, "CHUNK": min(c.chunk, channels), "SCALE": 1 / math.sqrt(d_key), "PRECISION": precision,
+        "D": channels, "H": n_heads, "K": d_key, "V": d_value, "V_PADDED": padded(d_value),
+        "PRECISION": precision, "num_warps": c.warps,
     }  # fmt: skip
     attention_rows_gradient_kernel[(len(protein),)](
-        *tensors, d_pooled if d_mean is None else d_mean.contiguous(), d_local, d_query, n_proteins,
-        **sizes, H_PADDED=padded(n_heads), M=c.rows, VALUES=min(c.values, padded(d_value)), HAS_MEAN=d_mean is not None,
-        num_warps=c.warps, num_stages=c.stages,
+        local, query, *matrices, starts, lengths, protein, first, pooled, denominator, d_pooled,
+        d_pooled if d_mean is None else d_mean.contiguous(), d_local, d_query, weight, d_logit, n_proteins, n_rows,
+        **sizes, K_PADDED=padded(d_key), H_PADDED=padded(n_heads), SPAN=SPAN, M=c.rows,
+        VALUES=min(c.values, padded(d_value)), SCALE=1 / math.sqrt(d_key), CHUNK=c.chunk, STAGES=c.stages,
+        HAS_MEAN=d_mean is not None, num_stages=c.stages,
     )  # fmt: skip
-    attention_weights_gradient_kernel[(n_parts, n_heads)](
-        *tensors, parts, n_proteins, len(protein), spans_each, **sizes, M=c.weight_rows,
-        num_warps=c.warps, num_stages=c.stages,
+    tile_protein, first_tile = cut_into_spans(lengths, c.weight_rows, n_rows // c.weight_rows + n_proteins)
+    # As many heads' keys to a program as it takes, if they fill its tile without padding.
+    together = c.outputs // d_key if d_key == padded(d_key) else 1
+    together = max(math.gcd(n_heads, together), 1)
+    values = min(c.outputs, padded(d_value))
+    groups = n_heads // together + n_heads * padded(d_value) // values
+    n_parts = max(1, min(_PROGRAMS // groups, len(tile_protein)))
+    parts = local.new_empty(n_parts, n_heads * (d_key + d_value), channels, dtype=torch.float32)
+    attention_weights_gradient_kernel[(n_parts, groups)](
+        local, query, *matrices, starts, lengths, tile_protein, first_tile, d_pooled, weight, d_logit, parts,
+        n_proteins, n_parts, n_rows,
+        **sizes, HEADS=together, KEYS=padded(together * d_key), VALUES=values, M=c.weight_rows,
+        CHUNK=c.weight_chunk, STAGES=c.weight_stages, SETTLED=not is_interpreted(), num_stages=c.weight_stages,
+        maxnreg=c.registers,
     )  # fmt: skip
     sums, first = add_spans(SpanSums(d_query, first), lengths, n_rows, longest, most=1)
     weights = add_parts(parts)

@@ -17,12 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from proteinbert_fast.config import LAYER_NORM_EPS
-from proteinbert_fast.ops.kernels.activations import gelu, gelu_and_slope
+from proteinbert_fast.ops.kernels.activations import gelu, gelu_and_slope, settled
 from proteinbert_fast.ops.kernels.launching import (
     SIZES_OF_BATCHES,
     capability_of,
     has_large_tiles,
     has_matrix_units,
+    is_interpreted,
     padded,
 )
 from proteinbert_fast.ops.kernels.local_block import HopperConfiguration, convolve, portable_because
@@ -58,6 +59,7 @@ class Configuration(NamedTuple):
         taps: of a program of theirs.
         descriptors: x's gradient moves tiles through tensor descriptors.
         chunked_dense: as for the local block.
+        registers: most per thread of the pointwise part, so that more programs fit; None for the compiler's choice.
         hopper: of x's gradient where the kernel in ``local_block_backward_hopper.py`` computes it; else None.
         hopper_weights: the same of the convolutions' weights' gradients.
     """
@@ -70,6 +72,7 @@ class Configuration(NamedTuple):
     taps: int
     descriptors: bool
     chunked_dense: bool
+    registers: int | None = None
     hopper: HopperConfiguration | None = None
     hopper_weights: HopperWeights | None = None
 
@@ -210,7 +213,7 @@ def convolution_gradient_kernel(
 def weight_gradient_kernel(
     GRADIENT, X, PARTS, first, n_rows, rows_each,
     D: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, AT_ONCE: tl.constexpr,
-    K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, EMBEDDED: tl.constexpr,
+    K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, EMBEDDED: tl.constexpr, SETTLED: tl.constexpr,
 ):  # fmt: skip
     """Program (part, AT_ONCE taps): PARTS[part, tap] (D, N) = sum over the part's rows of GRADIENT[r]^T X[r + shift].
 
@@ -240,6 +243,12 @@ def weight_gradient_kernel(
         if AT_ONCE > 2:
             x = _shifted(X, rows + shift + 2 * DILATION, n_rows, first_column, columns, D, EMBEDDED, gradient.dtype)
             sum2 = tl.dot(turned, x, sum2, input_precision=PRECISION)
+        if SETTLED:
+            sum0 = settled(sum0)
+            if AT_ONCE > 1:
+                sum1 = settled(sum1)
+            if AT_ONCE > 2:
+                sum2 = settled(sum2)
     WIDTH: tl.constexpr = N if EMBEDDED else D
     out = PARTS + (part * TAPS + tap).to(tl.int64) * D * WIDTH
     out += channels[:, None] * WIDTH + (first_column + columns)[None, :]
@@ -290,9 +299,9 @@ def configuration(capability: int, channels: int, dtype: torch.dtype, precision:
     if not has_matrix_units(capability, dtype, precision) or dtype == torch.float32:
         return Configuration(16, 16, 16, 8, 16, 1, False, True)
     if has_large_tiles(capability):
-        return Configuration(
-            32 if not wide else 16, 128 if not wide else 64, min(channels, 64), 8, 64, 1 if wide else 3, True, wide
-        )
+        if wide:
+            return Configuration(16, 64, 64, 8, 64, 1, True, True)
+        return Configuration(32, 128, min(channels, 64), 8, 64, 3, True, False, 128 if capability < 100 else None)
     return Configuration(32 if not wide else 16, 64, min(channels, 32), 8, 32, 1, False, wide)
 
 
@@ -376,7 +385,7 @@ def launch(
         d_dense, vectors, gap, n_rows,
         D=channels, M=c.rows, CHUNK=min(c.chunk, channels), PRECISION=precision, EPSILON=LAYER_NORM_EPS,
         EMBEDDED=symbols > 0, HAS_D_HIDDEN=d_hidden is not None, CHUNKED_DENSE=c.chunked_dense,
-        GAP_TOKEN=max(symbols - 1, 0), num_warps=c.warps,
+        GAP_TOKEN=max(symbols - 1, 0), num_warps=c.warps, maxnreg=c.registers,
     )  # fmt: skip
 
     def over_rows(gradient: Tensor, taps: int, dilation: int, tokens: Tensor | None, x: Tensor) -> Tensor:
@@ -474,6 +483,6 @@ def _weight_gradient(
     weight_gradient_kernel[(n_parts, taps // at_once, blocks)](
         gradient, x.contiguous() if tokens is None else tokens, parts, gap, n_rows, rows_each,
         D=channels, N=columns, TAPS=taps, DILATION=dilation, AT_ONCE=at_once, K=c.weight_rows, STAGES=2,
-        PRECISION=precision, EMBEDDED=tokens is not None, num_warps=8, num_stages=2,
+        PRECISION=precision, EMBEDDED=tokens is not None, SETTLED=not is_interpreted(), num_warps=8, num_stages=2,
     )  # fmt: skip
     return add_parts(parts)
