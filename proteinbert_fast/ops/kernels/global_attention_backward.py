@@ -149,6 +149,23 @@ def attention_rows_gradient_kernel(
             tl.store(D_LOCAL + at_rows, total.to(dtype), mask=inside[:, None])
         out = D_QUERY + span.to(tl.int64) * (H * K) + heads[:, None] * K + keys[None, :]
         tl.store(out, d_query, mask=(heads < H)[:, None] & (keys < K)[None, :])
+        # Read again: kept from above, they would take registers throughout.
+        start = tl.load(STARTS + protein)
+        if span == 0:
+            _clear(D_LOCAL, 0, start, D)
+        if span + 1 == tl.load(FIRST_SPAN + protein + 1):
+            following = tl.load(STARTS + protein + 1, mask=protein + 1 < n_proteins, other=n_rows)
+            _clear(D_LOCAL, start + tl.load(LENGTHS + protein), following, D)
+
+
+@triton.jit
+def _clear(X, first, end, D: tl.constexpr):
+    """Zeros in rows [first, end), which are a gap."""
+    columns = tl.arange(0, D)
+    for i in range(0, (end - first).to(tl.int32), 16):
+        rows = first + i + tl.arange(0, 16)
+        zeros = tl.zeros((16, D), X.dtype.element_ty)
+        tl.store(X + rows[:, None] * D + columns[None, :], zeros, mask=(rows < end)[:, None])
 
 
 @triton.jit
@@ -308,11 +325,11 @@ def launch(
     precision = product_precision(dtype)
     c = chosen or configuration(capability_of(local), channels, dtype, precision)
     protein, first = spans
-    d_local = torch.zeros_like(local)
     if not n_proteins:
         return Gradients(
-            d_local, query.new_zeros(query.shape), torch.zeros_like(key_weight), torch.zeros_like(value_weight)
+            torch.zeros_like(local), query.new_zeros(query.shape), torch.zeros_like(key_weight), torch.zeros_like(value_weight)
         )
+    d_local = torch.empty_like(local)
     d_query = local.new_empty(len(protein), n_heads * d_key, dtype=torch.float32)
     weight, d_logit = (local.new_empty(n_heads, n_rows, dtype=torch.float32) for _ in range(2))
     query, d_pooled = query.contiguous(), d_pooled.contiguous()

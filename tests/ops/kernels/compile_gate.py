@@ -92,7 +92,7 @@ BUDGETS: dict[tuple[str, int, str, int], Budget] = {
     ("first_block_for_training", 80, "bfloat16", 128): Budget(local_loads=48),
     ("pointwise", 90, "bfloat16", 128): Budget(local_loads=80, programs=2),
     ("first_pointwise", 90, "bfloat16", 128): Budget(local_loads=80, programs=2),
-    ("attention_rows_gradient", 90, "bfloat16", 128): Budget(local_loads=24),
+    ("attention_rows_gradient", 90, "bfloat16", 128): Budget(local_loads=32),
     ("attention_rows_gradient", 80, "tf32", 128): Budget(local_loads=12),
     ("attention_weights_gradient", 90, "bfloat16", 128): Budget(local_loads=8, programs=2),
     ("global_track_gradient", 80, "float32", 128): Budget(local_loads=48, matrix=0),

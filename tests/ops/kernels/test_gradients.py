@@ -79,6 +79,24 @@ def test_wide_states(d_local, dtype, device):
     check(Case(config_of(d_local), (70, 3), dtype, device))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("n_heads", "d_key", "d_global"), [(3, 48, 144), (1, 16, 256), (6, 32, 192), (4, 16, 64), (2, 128, 64)]
+)
+def test_heads_of_any_size(n_heads, d_key, d_global, dtype, device):
+    """Groups of heads' keys, keys that fill no tile, values in several parts: programs of the weights' gradients."""
+    config = ProteinBertConfig(n_annotations=3, d_local=32, d_global=d_global, n_blocks=1, n_heads=n_heads, d_key=d_key)
+    check(Case(config, (70, 3), dtype, device))
+
+
+def test_gap_rows_get_zeros(device):
+    case = Case(config_of(32), (5, 600, 511, 40), torch.float32, device)
+    x = case.x.clone().requires_grad_()
+    track = case.global_track(x, return_attention=False)
+    (track.global_state.sum() + track.message.query.sum()).backward()
+    assert torch.equal(x.grad.any(dim=1), case.inside[:, 0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_no_worse_than_the_plain_operations_in_16_bits(dtype, device):
