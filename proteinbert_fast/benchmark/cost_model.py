@@ -32,6 +32,10 @@ GELU, GELU_SPECIAL = 11, 1
 TANH, TANH_SPECIAL = 9, 2
 # Per number: two sums over the row, a difference, two products with sums.
 LAYER_NORM = 6
+# GELU and its derivative: a second power of two, four products with sums, a select (2).
+GELU_AND_SLOPE, GELU_AND_SLOPE_SPECIAL = 17, 2
+# Two sums over the row, three products with sums.
+LAYER_NORM_GRADIENT = 7
 # Sum of two states, conversions from and to 16 bits, select, address: per number read or written.
 MOVE = 3
 _LANES, _SPECIAL_LANES = 128, 16  # instructions that a multiprocessor issues per clock
@@ -172,17 +176,18 @@ class Size:
 
 
 def local_block(
-    config: ProteinBertConfig, size: Size, tile_rows: int, keep_hidden: bool = False, tile_stays: bool = False
+    config: ProteinBertConfig, size: Size, tile_rows: int, n_kept: int = 0, tile_stays: bool = False
 ) -> Cost:
     """Both convolutions, dense layer, three GELUs, two norms. Gap rows are computed like others.
 
+    ``n_kept`` counts what is written beside the new states: hidden states 1, both convolutions' results 2.
     Where ``tile_stays``, a tile of rows and its neighbours on both sides are read once and stay in shared memory, as in
     the kernel for Hopper. ``flops`` counts tokens only, as everywhere: gap rows are overhead, and show as a lower
     fraction of the peak.
     """
     d, s, products = config.d_local, size.itemsize, 2 * config.kernel_size + 1
     row = d * s
-    states = 2 + keep_hidden  # read once, written once
+    states = 2 + n_kept  # one read, the others written
     weights = products * d * d * s
     numbers = size.rows * d
     reads = 1 + 2 * config.reach / tile_rows if tile_stays else 2 * config.kernel_size + 1
@@ -310,6 +315,143 @@ def annotation_head(config: ProteinBertConfig, size: Size) -> Cost:
     return linear(size.proteins, config.d_global, config.n_annotations, size.itemsize)
 
 
+def convolution_gradient(config: ProteinBertConfig, size: Size, tile_rows: int, tile_stays: bool = False) -> Cost:
+    """Of x: both convolutions' gradients and the sum's are read, the result written; weights as for `local_block`."""
+    d, s, taps = config.d_local, size.itemsize, config.kernel_size
+    row, matrices = d * s, 2 * taps * d * d
+    reads = 2 + 4 * config.reach / tile_rows if tile_stays else 2 * taps
+    return Cost(
+        flops=2.0 * size.tokens * matrices,
+        hbm_bytes=size.rows * 4 * row + matrices * s,
+        l2_bytes=size.rows * (reads + 2) * row + size.rows / tile_rows * matrices * s,
+        instructions=size.rows * d * 2 * MOVE,
+    )
+
+
+def convolution_weight_gradient(config: ProteinBertConfig, size: Size) -> Cost:
+    """Of both convolutions' weights: a gradient and x for each, out of the cache once for every three taps."""
+    row = config.d_local * size.itemsize
+    return Cost(
+        flops=2.0 * size.tokens * 2 * config.kernel_size * config.d_local**2,
+        hbm_bytes=size.rows * 4 * row,
+        l2_bytes=size.rows * 4 * row * -(-config.kernel_size // 3),
+    )
+
+
+def local_block_gradient(config: ProteinBertConfig, size: Size, tile_rows: int, tile_stays: bool = False) -> Cost:
+    """Pointwise part, gradient of x, gradients of all weights; the arguments are those of `local_block`."""
+    return (
+        pointwise(config, size)
+        + convolution_gradient(config, size, tile_rows, tile_stays)
+        + convolution_weight_gradient(config, size)
+    )
+
+
+def pointwise(config: ProteinBertConfig, size: Size, tile_rows: int = 32) -> Cost:
+    """From the new state's gradient to both convolutions' results'; the dense layer's weights; the broadcast's sums.
+
+    Reads x, both results and the gradient; writes five states, three of which are read again for those two.
+    """
+    d, s = config.d_local, size.itemsize
+    row, numbers = d * s, size.rows * d
+    return Cost(
+        flops=2.0 * size.tokens * 3 * d * d,
+        hbm_bytes=size.rows * (12 * row + 4 + 2 * 7 * d * 4 / tile_rows),
+        l2_bytes=size.rows * 13 * row + size.rows / tile_rows * d * row,
+        instructions=numbers
+        * (2 * GELU + 3 * GELU_AND_SLOPE + 2 * (LAYER_NORM + LAYER_NORM_GRADIENT) + 7 * 2 + 12 * MOVE),
+        special=numbers * (2 * GELU_SPECIAL + 3 * GELU_AND_SLOPE_SPECIAL),
+    )
+
+
+def token_gradient(config: ProteinBertConfig, size: Size, symbols: int = 32) -> Cost:
+    """Of the first local block's weights and of the embedding, by one-hot rows in place of x."""
+    d, row = config.d_local, config.d_local * size.itemsize
+    taps = 2 * config.kernel_size + 1
+    return Cost(
+        flops=2.0 * size.tokens * taps * symbols * d,
+        hbm_bytes=size.rows * 3 * (row + 1),
+        l2_bytes=size.rows * (taps // 3) * (row + 3),
+        instructions=size.rows * taps * symbols,
+    )
+
+
+def attention_rows_gradient(config: ProteinBertConfig, size: Size, tile_rows: int = 128) -> Cost:
+    """Of local states and queries, from keys and values that are computed again.
+
+    Writes a softmax weight and a gradient per row and head too, in float32.
+    """
+    d, s, heads = config.d_local, size.itemsize, config.n_heads
+    row, keys, values = d * s, heads * config.d_key, config.d_global
+    return Cost(
+        flops=2.0 * size.tokens * 2 * d * (keys + values),
+        hbm_bytes=size.tokens * (2 * row + 8 * heads) + size.spans * keys * 4,
+        l2_bytes=size.tokens * 2 * row + size.tokens / tile_rows * (keys + values) * row,
+        # As forward, then products with query or gradient, and their sums.
+        instructions=size.tokens * (keys * (TANH + 8) + values * (GELU_AND_SLOPE + 5)),
+        special=size.tokens * (keys * TANH_SPECIAL + values * GELU_AND_SLOPE_SPECIAL + heads),
+    )
+
+
+def attention_weights_gradient(config: ProteinBertConfig, size: Size) -> Cost:
+    """Of the key and value weights, from keys and values that are computed again; 128 of them to a program."""
+    d, s, heads = config.d_local, size.itemsize, config.n_heads
+    row, keys, values = d * s, heads * config.d_key, config.d_global
+    return Cost(
+        flops=2.0 * size.tokens * 2 * d * (keys + values),
+        hbm_bytes=size.tokens * (row + 8 * heads) + (keys + values) * row,
+        l2_bytes=size.tokens * -(-(keys + values) // 128) * row,
+        instructions=size.tokens * (keys * (TANH + 5) + values * (GELU_AND_SLOPE + 1)),
+        special=size.tokens * (keys * TANH_SPECIAL + values * GELU_AND_SLOPE_SPECIAL),
+    )
+
+
+def global_track_gradient(config: ProteinBertConfig, size: Size, tile_proteins: int = 16) -> Cost:
+    """Both dense layers again, their gradients, and products over all proteins for all weights."""
+    g, s, keys = config.d_global, size.itemsize, config.n_heads * config.d_key
+    spoken = g * (keys + config.d_local)
+    weights, numbers = (2 * g * g + spoken) * s, size.proteins * g
+    tiles = -(-size.proteins // tile_proteins)
+    return Cost(
+        flops=2.0 * size.proteins * (6 * g * g + 2 * spoken + g * config.d_local),
+        hbm_bytes=2 * weights + 14 * numbers * s,
+        l2_bytes=2 * tiles * weights + 20 * numbers * s,
+        instructions=numbers * 2 * (GELU_AND_SLOPE + LAYER_NORM + LAYER_NORM_GRADIENT + 4 * MOVE),
+        special=numbers * 2 * GELU_AND_SLOPE_SPECIAL,
+    )
+
+
+def token_loss(config: ProteinBertConfig, size: Size) -> Cost:
+    """Forward and backward: logits twice, then the gradients of states and head."""
+    row = config.d_local * size.itemsize
+    return Cost(
+        flops=2.0 * size.tokens * 4 * config.d_local * VOCABULARY_SIZE,
+        hbm_bytes=size.rows * (3 * row + 20),
+        l2_bytes=size.rows * (6 * row + 20),
+        instructions=size.rows * 32 * 2 * 8,
+        special=size.rows * 32 * 2,
+    )
+
+
+def annotation_loss(config: ProteinBertConfig, size: Size) -> Cost:
+    """Forward and backward: logits twice, slopes in memory, then two products with them."""
+    g, n, s = config.d_global, config.n_annotations, size.itemsize
+    numbers = size.proteins * n
+    return Cost(
+        flops=2.0 * 4 * numbers * g,
+        hbm_bytes=numbers * (2 + 3 * s) + 3 * n * g * s + 3 * size.proteins * g * s,
+        l2_bytes=2 * linear(size.proteins, g, n, s, tile=(64, 64)).l2_bytes + numbers * 3 * s,
+        instructions=numbers * 2 * 20,
+        special=numbers * 4,
+    )
+
+
+def optimizer_step(config: ProteinBertConfig) -> Cost:
+    """LAMB on float32 weights: weight and moments read and written, gradient read, the step written and read twice."""
+    moved = config.n_parameters * 4.0 * 10
+    return Cost(hbm_bytes=moved, l2_bytes=moved, instructions=config.n_parameters * 20.0)
+
+
 def block(config: ProteinBertConfig, size: Size, tile_rows: int) -> Cost:
     """All of one block: local block, attention, global track, message to the next."""
     return (
@@ -332,4 +474,50 @@ def forward_seconds(
     for cost in (local_block(config, size, tile_rows, tile_stays=tile_stays), span_sums(config, size)):
         times = cost.times(peaks, precision)
         spent[times.bound_by] += config.n_blocks * times.least
+    return spent
+
+
+def training_costs(
+    config: ProteinBertConfig, size: Size, tile_rows: int, tile_stays: bool = False
+) -> dict[str, tuple[int, Cost]]:
+    """A training step's launches by name: how many of each there are, and what each has to do.
+
+    What autograd adds up on its own, the gradients of states that two operations read, is among them.
+
+    Args:
+        config: sizes of the model.
+        size: of the batch.
+        tile_rows: of the local block.
+        tile_stays: as for `local_block`.
+    """
+    blocks, later = config.n_blocks, config.n_blocks - 1
+    state = float(size.rows * config.d_local * size.itemsize)
+    kept = Cost(hbm_bytes=2 * state, l2_bytes=2 * state)
+    return {
+        "local_block": (later, local_block(config, size, tile_rows, 2, tile_stays)),
+        "local_block, first": (1, first_block(config, size, tile_rows) + kept),
+        "span sums": (blocks, span_sums(config, size)),
+        "global track": (blocks, global_track(config, size) + message(config, size)),
+        "token loss": (1, token_loss(config, size)),
+        "annotation loss": (1, annotation_loss(config, size)),
+        "global track, gradient": (blocks, global_track_gradient(config, size)),
+        "attention, rows' gradient": (blocks, attention_rows_gradient(config, size)),
+        "attention, weights' gradient": (blocks, attention_weights_gradient(config, size)),
+        "sum of gradients": (blocks, Cost(hbm_bytes=3 * state, l2_bytes=3 * state)),
+        "pointwise gradient": (blocks, pointwise(config, size)),
+        "x's gradient": (later, convolution_gradient(config, size, tile_rows, tile_stays)),
+        "convolutions' weights' gradient": (later, convolution_weight_gradient(config, size)),
+        "tokens' gradient": (1, token_gradient(config, size)),
+        "optimizer": (1, optimizer_step(config)),
+    }
+
+
+def training_seconds(
+    config: ProteinBertConfig, size: Size, tile_rows: int, peaks: Peaks, precision: str, tile_stays: bool = False
+) -> dict[Bound, float]:
+    """Least seconds of a training step on a batch, by what bounds its parts; their sum is the prediction."""
+    spent: dict[Bound, float] = {"matrix": 0.0, "HBM": 0.0, "L2": 0.0, "instructions": 0.0}
+    for times, cost in training_costs(config, size, tile_rows, tile_stays).values():
+        least = cost.times(peaks, precision)
+        spent[least.bound_by] += times * least.least
     return spent

@@ -35,7 +35,7 @@ def test_bytes_of_a_local_block():
     assert cost.hbm_bytes == pytest.approx(2 * 256 + 4, rel=0.02)
     # 18 taps, residual, broadcast, store; 19 matrices of 32 KB for 128 rows.
     assert cost.l2_bytes == 21 * 256 + 19 * 32_768 / 128
-    kept = cost_model.local_block(CONFIG, size, 128, keep_hidden=True) * (1 / size.rows)
+    kept = cost_model.local_block(CONFIG, size, 128, n_kept=1) * (1 / size.rows)
     assert kept.hbm_bytes - cost.hbm_bytes == kept.l2_bytes - cost.l2_bytes == 256
 
 
@@ -106,6 +106,36 @@ def test_a_forward_pass_adds_its_kernels_up():
     block = cost_model.block(CONFIG, size, 128)
     assert block.flops > sum(k.flops for k in kernels)
     assert spent["L2"] > 0
+
+
+def test_the_backward_pass_has_twice_the_products_and_what_is_computed_again():
+    later, first = CONFIG.n_blocks - 1, 1
+    costs = cost_model.training_costs(CONFIG, ONE, 128)
+    flops = sum(n * cost.flops for name, (n, cost) in costs.items() if name != "token loss")
+    # Of the first block, the products that are made of one-hot rows; each later one's twice in the backward pass.
+    blocks = later * 3 * cost_model.local_block(CONFIG, ONE, 128).flops + CONFIG.n_blocks * (
+        cost_model.span_sums(CONFIG, ONE).flops + 4 * 2 * 128 * 768
+    )
+    one_hot = cost_model.first_block(CONFIG, ONE, 128).flops + 2 * 19 * 32 * 128 + 2 * 2 * 128 * 128
+    # The dense layer's product is made again in each block.
+    assert flops == blocks + first * one_hot + CONFIG.n_blocks * 2 * 128 * 128
+
+
+def test_bytes_of_a_pointwise_gradient():
+    size = Size(tokens=128_000, rows=128_000, proteins=0, spans=0, itemsize=2)
+    cost = cost_model.pointwise(CONFIG, size) * (1 / size.rows)
+    # Four states read, five written, three of them read again; seven sums of 128 numbers per 32 rows, out and in.
+    assert cost.hbm_bytes == 12 * 256 + 4 + 2 * 7 * 128 * 4 / 32
+
+
+def test_a_training_step_adds_its_kernels_up():
+    size = Size(tokens=10**6, rows=1_060_000, proteins=2800, spans=4000, itemsize=2)
+    spent = cost_model.training_seconds(CONFIG, size, 128, H100, "bfloat16", tile_stays=True)
+    costs = cost_model.training_costs(CONFIG, size, 128, tile_stays=True)
+    assert sum(spent.values()) == pytest.approx(sum(n * c.times(H100, "bfloat16").least for n, c in costs.values()))
+    assert sum(spent.values()) > 2.5 * sum(
+        cost_model.forward_seconds(CONFIG, size, 128, H100, "bfloat16", tile_stays=True).values()
+    )
 
 
 def test_costs_add_up():

@@ -258,6 +258,7 @@ class Bench:
 
 # Rows of this table are named after the operation that they measure.
 KERNELS = "each kernel alone"
+GRADIENTS = "each gradient alone"
 
 
 def environment(device: torch.device) -> dict[str, Any]:

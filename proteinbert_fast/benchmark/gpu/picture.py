@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proteinbert_fast.benchmark.gpu.bench import KERNELS
+from proteinbert_fast.benchmark.gpu.bench import GRADIENTS, KERNELS
 from proteinbert_fast.benchmark.gpu.report import TRIAL, GpuReport
 from proteinbert_fast.benchmark.gpu.sections import compiled, forward, long
 from proteinbert_fast.benchmark.picture import figure_type
@@ -27,7 +27,7 @@ def draw(report: GpuReport, path: Path) -> None:
     rows = [row for row in report.rows if row.seconds and row.case.probe is None]
     rates = [row for row in rows if row.case.table in {forward.TABLE, compiled.TABLE}]
     lengths = [row for row in rows if row.case.table in {long.ONE, long.MANY, long.LARGEST}]
-    kernels = [row for row in rows if row.case.table == KERNELS]
+    kernels = [row for row in rows if row.case.table in {KERNELS, GRADIENTS}]
     panels = [
         (panel, members) for panel, members in ((_rates, rates), (_lengths, lengths), (_kernels, kernels)) if members
     ]
@@ -51,7 +51,8 @@ def draw(report: GpuReport, path: Path) -> None:
 
 
 def _label(row: Row) -> str:
-    return ", ".join(filter(None, (row.case.name, row.case.dtype)))
+    name = f"{row.case.name}, gradient" if row.case.table == GRADIENTS else row.case.name
+    return ", ".join(filter(None, (name, row.case.dtype)))
 
 
 def _rates(ax: "Axes", rows: Sequence[Row]) -> None:

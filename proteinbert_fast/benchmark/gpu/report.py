@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from proteinbert_fast.benchmark.cases import flops_per_token
-from proteinbert_fast.benchmark.gpu.bench import KERNELS
+from proteinbert_fast.benchmark.gpu.bench import GRADIENTS, KERNELS
 from proteinbert_fast.benchmark.gpu.sections import profile, title
 from proteinbert_fast.benchmark.gpu.settings import GpuSettings
 from proteinbert_fast.benchmark.report import JSON_NAME, MARKDOWN_NAME, markdown, percent, short, three, times
@@ -247,7 +247,9 @@ def _profile_table(rows: Sequence[Row]) -> list[str]:
     return markdown(["kernel", "dtype", "ms", "launches", "share", "ns per token"], body)
 
 
-_TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {KERNELS: _kernel_table, profile.TABLE: _profile_table}
+_TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
+    KERNELS: _kernel_table, GRADIENTS: _kernel_table, profile.TABLE: _profile_table, profile.TRAINING: _profile_table,
+}  # fmt: skip
 
 
 def write(report: GpuReport, folder: Path) -> list[Path]:

@@ -4,9 +4,9 @@ With p the softmax weight of a row, o what was pooled and do its gradient:
 
     dv = p do      dlogit = p (do . v - do . o)      dk = dlogit q / sqrt(K)      dq = sum of dlogit k / sqrt(K)
 
-One kernel takes rows, a span of a protein after the other, for the gradients of local states and queries. It leaves p and
-dlogit / sqrt(K) of every row and head behind, so that the other, for the gradients of the key and value weights, needs
-no sum over keys or values: its programs take some of a matrix's rows each, and sum over a part of all tiles of rows.
+One kernel takes rows, a span of a protein after the other, for the gradients of local states and queries. It leaves p
+and dlogit / sqrt(K) of every row and head behind, so that the other, for the gradients of the key and value weights,
+needs no sum over keys or values: its programs take some of a matrix's rows each, and sum over a part of all tiles.
 """
 
 import math
@@ -47,7 +47,7 @@ class Configuration(NamedTuple):
         weight_chunk: as ``chunk``, for theirs. Without matrix units, all channels would not fit into registers.
         weight_stages: tiles in flight.
         warps: per program.
-        registers: most per thread for the weights' gradients, so that more programs fit; None for the compiler's choice.
+        registers: of a thread for the weights' gradients at most, so that more programs fit; None for no bound.
     """
 
     rows: int
@@ -172,12 +172,13 @@ def _clear(X, first, end, D: tl.constexpr):
 def _weight_gradient(
     LOCAL, W, FACTORS, ROW_FACTORS, STARTS, LENGTHS, TILE_PROTEIN, FIRST_TILE, OUT, tile, end, head, first, n_rows,
     IS_KEY: tl.constexpr, SIZE: tl.constexpr, HEADS: tl.constexpr, OUTPUTS: tl.constexpr, H: tl.constexpr,
-    D: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SETTLED: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    SETTLED: tl.constexpr,
 ):  # fmt: skip
-    """OUT (H * SIZE, D), of OUTPUTS rows from the head's ``first`` on: sums over the tiles of rows [tile, end).
+    """OUT (H * SIZE, D), OUTPUTS rows of it from the head's ``first`` on: sums over the tiles of rows [tile, end).
 
-    What is summed is slope * FACTORS (B, H * SIZE) * ROW_FACTORS (H, rows) * LOCAL. Outputs are rows here and the states'
-    rows are columns, so that the sums of one product are an operand of the next as they lie in registers.
+    What is summed is slope * FACTORS (B, H * SIZE) * ROW_FACTORS (H, rows) * LOCAL. Outputs are rows here, and the
+    states' rows are columns, so that the sums of one product are an operand of the next as they lie in registers.
     """
     dtype = LOCAL.dtype.element_ty
     columns = tl.arange(0, D)
@@ -327,7 +328,10 @@ def launch(
     protein, first = spans
     if not n_proteins:
         return Gradients(
-            torch.zeros_like(local), query.new_zeros(query.shape), torch.zeros_like(key_weight), torch.zeros_like(value_weight)
+            torch.zeros_like(local),
+            query.new_zeros(query.shape),
+            torch.zeros_like(key_weight),
+            torch.zeros_like(value_weight),
         )
     d_local = torch.empty_like(local)
     d_query = local.new_empty(len(protein), n_heads * d_key, dtype=torch.float32)

@@ -59,7 +59,7 @@ class Configuration(NamedTuple):
         taps: of a program of theirs.
         descriptors: x's gradient moves tiles through tensor descriptors.
         chunked_dense: as for the local block.
-        registers: most per thread of the pointwise part, so that more programs fit; None for the compiler's choice.
+        registers: of a thread of the pointwise part at most, so that more programs fit; None for no bound.
         hopper: of x's gradient where the kernel in ``local_block_backward_hopper.py`` computes it; else None.
         hopper_weights: the same of the convolutions' weights' gradients.
     """

@@ -15,10 +15,11 @@ import torch
 from proteinbert_fast import PackedBatch, ProteinBert
 from proteinbert_fast.benchmark.gpu import bench, checks, command
 from proteinbert_fast.benchmark.gpu.bench import KERNELS
-from proteinbert_fast.benchmark.gpu.operations import OPERATIONS
+from proteinbert_fast.benchmark.gpu.gradients import GRADIENTS
+from proteinbert_fast.benchmark.gpu.operations import OPERATIONS, Inputs, compared, error
 from proteinbert_fast.benchmark.gpu.precision import PRECISIONS
 from proteinbert_fast.benchmark.gpu.report import GpuReport, write
-from proteinbert_fast.benchmark.gpu.sections import SECTIONS, latency
+from proteinbert_fast.benchmark.gpu.sections import SECTIONS, latency, profile
 from proteinbert_fast.benchmark.gpu.settings import GpuSettings
 from proteinbert_fast.ops import kernels
 from proteinbert_fast.outputs import ProteinBertOutput
@@ -102,7 +103,7 @@ def test_every_section_runs(report: GpuReport):
     for row in report.rows:
         assert row.status == "measured" or row.note == latency.NO_GRAPHS, f"{row.case.label}: {row.note}"
     for row in report.rows:
-        if row.status == "measured" and row.case.table not in {"checks", "one forward pass, kernel by kernel"}:
+        if row.status == "measured" and row.case.table not in {"checks", profile.TABLE, profile.TRAINING}:
             assert row.seconds, row.case.label
             assert row.check or row.case.probe == "matrix", row.case.label
 
@@ -116,7 +117,11 @@ def test_what_only_a_gpu_has(report: GpuReport):
     profiled = report.sections["profile"]
     assert [(row.case.name, row.values["launches"]) for row in profiled] == [
         ("all kernels", 6), ("local_block_kernel", 6),
-    ]  # fmt: skip
+    ] * 2  # fmt: skip
+    assert [row.case.table for row in profiled] == [profile.TABLE] * 2 + [profile.TRAINING] * 2
+    for row in report.sections["training"][:2]:
+        assert row.values["predicted_residues_per_second"] > 0
+        assert sum(row.values["predicted_bounds"].values()) == pytest.approx(1)
     assert all("in a CUDA graph" in row.note for row in report.sections["kernels"])
     assert all(target.value is not None for _, target in report.targets)
     assert report.to_markdown().startswith("# proteinbert_fast on Fake GPU")
@@ -127,11 +132,31 @@ def test_every_kernel_is_checked_timed_and_predicted(report: GpuReport):
     assert [row.case.name for row in report.sections["checks"]][: len(names)] == names
     rows = [row for row in report.sections["kernels"] if row.case.table == KERNELS]
     assert [row.case.name for row in rows] == names
-    for row in rows:
+    gradients = report.sections["gradients"]
+    assert [row.case.name for row in gradients] == [operation.name for operation in GRADIENTS]
+    for row in [*rows, *gradients]:
         v = row.values
         assert 0 < v["predicted_ns_per_token"] <= v["predicted_serial_ns_per_token"]
         assert v["bound_by"] in {"matrix", "HBM", "L2", "instructions"}
         assert v["peaks"] == "measured in the same run"
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=lambda g: g.name)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradients_are_compared_with_the_reference(gradient, precision):
+    device = torch.device("cpu" if IS_INTERPRETED else "cuda")
+    inputs = Inputs(TINY.config, (13, 0, 40), PRECISIONS[precision], device, torch.device("cpu"))
+    right = gradient.defined(inputs, gradient.exact(inputs.exact()))
+    with torch.inference_mode():
+        found = gradient.defined(inputs, gradient.run(inputs))
+    assert compared(found, right, precision, gradient.by_largest).passed
+    # Each of them counts.
+    for k, t in enumerate(found):
+        if t is not None and t.dim():
+            off = t.clone()
+            off.flatten()[-1] += 0.5 * t.abs().max()
+            assert not compared((*found[:k], off, *found[k + 1 :]), right, precision, gradient.by_largest).passed
+            assert error(found, right, True) < error((*found[:k], off, *found[k + 1 :]), right, True)
 
 
 def test_files(report: GpuReport, tmp_path: Path):

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from proteinbert_fast.benchmark.gpu.bench import Bench
     from proteinbert_fast.benchmark.timing import Row
 
-SECTIONS = ("checks", "machine", "kernels", "long", "latency", "forward", "training", "compiled", "profile")
+SECTIONS = (
+    "checks", "machine", "kernels", "long", "latency", "forward", "training", "gradients", "compiled", "profile",
+)  # fmt: skip
 
 
 def title(name: str) -> str:

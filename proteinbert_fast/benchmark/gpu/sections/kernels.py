@@ -1,6 +1,6 @@
 """Each kernel alone, beside what the cost model predicts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -29,12 +29,19 @@ _COMPARED_ROWS = 2000  # residues whose results are compared with the reference 
 
 def rows(bench: Bench) -> list[Row]:
     """A row per kernel and precision."""
+    return measured(bench, KERNELS, OPERATIONS, bench.precisions)
+
+
+def measured(bench: Bench, table: str, operations: Sequence[Operation], precisions: Sequence[Precision]) -> list[Row]:
+    """A row of a table per operation and precision: checked, timed, beside the prediction."""
     lengths = kernel_lengths(bench)
     found = []
-    for precision in bench.precisions:
+    for precision in precisions:
         inputs = cache(partial(Inputs, bench.settings.config, lengths, precision, bench.device, bench.device))
         for row, operation in zip(
-            bench.measure([_case(bench, o, precision, inputs, lengths) for o in OPERATIONS]), OPERATIONS, strict=True
+            bench.measure([_case(bench, table, o, precision, inputs, lengths) for o in operations]),
+            operations,
+            strict=True,
         ):
             if row.seconds:
                 row.values = _beside_prediction(bench, row, operation, inputs())
@@ -56,7 +63,12 @@ def kernel_lengths(bench: Bench) -> list[int]:
 
 
 def _case(
-    bench: Bench, operation: Operation, precision: Precision, inputs: Callable[[], Inputs], lengths: list[int]
+    bench: Bench,
+    table: str,
+    operation: Operation,
+    precision: Precision,
+    inputs: Callable[[], Inputs],
+    lengths: list[int],
 ) -> Case:
     def prepare() -> Ready[Tensors]:
         made = inputs()
@@ -70,9 +82,10 @@ def _case(
 
         def check(found: Tensors) -> Any:
             few = _first_proteins(made, lengths)
-            right = operation.exact(few.exact())
+            right = operation.defined(few, operation.exact(few.exact()))
             with torch.inference_mode(), precision.active():
-                outcome = compared(operation.run(few), right, precision.name)
+                ours = operation.defined(few, operation.run(few))
+                outcome = compared(ours, right, precision.name, operation.by_largest)
             if outcome.passed and not same(found, plain):
                 return type(outcome)(False, "the graph's result differs from a launch")
             return outcome
@@ -81,7 +94,7 @@ def _case(
 
     tokens = sum(lengths) + 2 * len(lengths)
     return Case(
-        table=KERNELS,
+        table=table,
         name=operation.name,
         what=f"{len(lengths):,} proteins, {tokens:,} tokens; weights prepared in each call",
         owner=OURS,
@@ -129,6 +142,20 @@ def _beside_prediction(bench: Bench, row: Row, operation: Operation, inputs: Inp
 
 def forward_prediction(bench: Bench, batch_lengths: list[int], precision: Precision) -> dict[str, float]:
     """The cost model's seconds of a forward pass over proteins of these residues, by what bounds them."""
+    return _prediction(bench, cost_model.forward_seconds, batch_lengths, precision)
+
+
+def training_prediction(bench: Bench, batch_lengths: list[int], precision: Precision) -> dict[str, float]:
+    """The same of a training step."""
+    return _prediction(bench, cost_model.training_seconds, batch_lengths, precision)
+
+
+def _prediction(
+    bench: Bench,
+    seconds: Callable[..., dict[cost_model.Bound, float]],
+    batch_lengths: list[int],
+    precision: Precision,
+) -> dict[str, float]:
     inputs = Inputs(bench.settings.config, (1,), precision, bench.device, bench.device)
     size = cost_model.Size(
         tokens=sum(batch_lengths) + 2 * len(batch_lengths),
@@ -137,7 +164,5 @@ def forward_prediction(bench: Bench, batch_lengths: list[int], precision: Precis
         spans=sum(-(-(n + 2) // 512) for n in batch_lengths),
         itemsize=precision.dtype.itemsize,
     )
-    found = cost_model.forward_seconds(
-        bench.settings.config, size, tile_rows(inputs), bench.peaks, precision.name, tile_stays(inputs)
-    )
+    found = seconds(bench.settings.config, size, tile_rows(inputs), bench.peaks, precision.name, tile_stays(inputs))
     return {str(bound): seconds for bound, seconds in found.items()}

@@ -12,7 +12,9 @@ from torch import Tensor
 from proteinbert_fast.benchmark.cases import Case, Check, Ready, Unavailable, Work, flops_per_token
 from proteinbert_fast.benchmark.competitors import PaddedTraining, padded_batches
 from proteinbert_fast.benchmark.gpu.bench import Bench
+from proteinbert_fast.benchmark.gpu.precision import PRECISIONS
 from proteinbert_fast.benchmark.gpu.sections.forward import Sample, fastest, ratio, sample, to_device, waste
+from proteinbert_fast.benchmark.gpu.sections.kernels import training_prediction
 from proteinbert_fast.benchmark.gpu.sections.machine import matrix_probes
 from proteinbert_fast.benchmark.setup import OURS, PLAIN
 from proteinbert_fast.benchmark.timing import Row, Target, percentiles
@@ -66,6 +68,13 @@ def rows(bench: Bench) -> list[Row]:
             rate = row.case.work.residues / percentiles(row.seconds)["p50"]
             row.values["residues_per_second"] = rate
             row.values["hours_for_670_million_records"] = RECORDS * MEAN_RESIDUES / rate / 3600
+    for row in found[:2]:
+        if row.seconds:
+            lengths = [int(n) - 2 for n in training_data(bench, chosen).batch.host_lengths]
+            predicted = training_prediction(bench, lengths, PRECISIONS["bfloat16"])
+            total = sum(predicted.values())
+            row.values["predicted_residues_per_second"] = row.case.work.residues / total
+            row.values["predicted_bounds"] = {bound: seconds / total for bound, seconds in predicted.items() if seconds}
     _aim(found)
     return found
 
@@ -84,7 +93,7 @@ def _aim(rows: Sequence[Row]) -> None:
     ]
 
 
-def _data(bench: Bench, chosen: Sample) -> Data:
+def training_data(bench: Bench, chosen: Sample) -> Data:
     """The sample's first batch of the size that trainings take; neighbours in length, as batches of the sample are."""
 
     def make() -> Data:
@@ -114,7 +123,7 @@ def _case(bench: Bench, chosen: Sample, name: str, what: str, ours: bool, prepar
         what=what,
         owner=OURS if ours else PLAIN,
         ours=ours,
-        work=_data(bench, chosen).work,
+        work=training_data(bench, chosen).work,
         unit="tokens/s",
         prepare=prepare,
         dtype="bfloat16",
@@ -125,28 +134,8 @@ def _ours(bench: Bench, chosen: Sample, save: Save, found: dict[str, Any]) -> Ca
     """``found`` takes the memory that was counted."""
 
     def prepare() -> Ready[float]:
-        from proteinbert_fast.pretraining.losses import annotation_loss, token_loss
-        from proteinbert_fast.pretraining.optimizers import Lamb
-
-        data = _data(bench, chosen)
-        with torch.inference_mode(False):
-            model = copy.deepcopy(bench.setup.model).to(bench.device)
-        model.backend = "triton"
-        for block in model.blocks:
-            block.save = save  # type: ignore[assignment]
-        model.train()
-        optimizer = Lamb(model.parameters(), lr=1e-5)
-        clean, terms = data.batch, data.terms
-
-        def run() -> float:
-            optimizer.zero_grad()
-            with torch.autocast(bench.device.type, _DTYPE):
-                out: Any = model(clean)
-                loss = token_loss(out, clean) + annotation_loss(out, terms)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            return loss.detach()  # type: ignore[return-value]
-
+        data = training_data(bench, chosen)
+        run = training_step(bench, data, save)
         run()
         bench.tidy()
         before = torch.cuda.memory_allocated() if bench.on_gpu else 0
@@ -157,10 +146,36 @@ def _ours(bench: Bench, chosen: Sample, save: Save, found: dict[str, Any]) -> Ca
         if bench.on_gpu:
             peak = torch.cuda.max_memory_allocated() - before
             found.update(peak_bytes=peak, bytes_per_residue=peak / data.work.residues)
-        note = f"{clean.n_rows:,} rows, weights in float32 under autocast, LAMB"
+        note = f"{data.batch.n_rows:,} rows, weights in float32 under autocast, LAMB"
         return Ready(run, lambda loss: _checked(bench, save, float(loss)), note)
 
     return _case(bench, chosen, f"ours, save {save}", "ProteinBert on a packed batch", True, prepare)
+
+
+def training_step(bench: Bench, data: Data, save: Save) -> Callable[[], float]:
+    """A step of a model of its own, to be called as often as wanted; gives the loss."""
+    from proteinbert_fast.pretraining.losses import annotation_loss, token_loss
+    from proteinbert_fast.pretraining.optimizers import Lamb
+
+    with torch.inference_mode(False):
+        model = copy.deepcopy(bench.setup.model).to(bench.device)
+    model.backend = "triton"
+    for block in model.blocks:
+        block.save = save  # type: ignore[assignment]
+    model.train()
+    optimizer = Lamb(model.parameters(), lr=1e-5)
+    clean, terms = data.batch, data.terms
+
+    def run() -> float:
+        optimizer.zero_grad()
+        with torch.autocast(bench.device.type, _DTYPE):
+            out: Any = model(clean)
+            loss = token_loss(out, clean) + annotation_loss(out, terms)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss.detach()  # type: ignore[return-value]
+
+    return run
 
 
 def _checked(bench: Bench, save: Save, loss: float) -> Check:
@@ -204,7 +219,7 @@ def _gradients(bench: Bench, model: ProteinBert, backend: str, save: Save) -> di
 
 def _padded(bench: Bench, chosen: Sample, name: str) -> Case:
     def prepare() -> Ready[float]:
-        data = _data(bench, chosen)
+        data = training_data(bench, chosen)
         if name == COMPILED and bench.seconds > bench.settings.training_compile_before:
             raise Unavailable(f"out of time to compile: {bench.seconds:.0f} s had passed")
         torch.backends.cudnn.benchmark = True
