@@ -329,12 +329,16 @@ def convolution_gradient(config: ProteinBertConfig, size: Size, tile_rows: int, 
 
 
 def convolution_weight_gradient(config: ProteinBertConfig, size: Size) -> Cost:
-    """Of both convolutions' weights: a gradient and x for each, out of the cache once for every three taps."""
+    """Of both convolutions' weights: a gradient and x for each, out of the cache once for every three taps.
+
+    Three taps' sums of one of 44 parts of the rows are a program of the kernel for Hopper; parts are added up later.
+    """
     row = config.d_local * size.itemsize
+    parts = 2 * 2 * 44 * config.kernel_size * config.d_local**2 * 4
     return Cost(
         flops=2.0 * size.tokens * 2 * config.kernel_size * config.d_local**2,
-        hbm_bytes=size.rows * 4 * row,
-        l2_bytes=size.rows * 4 * row * -(-config.kernel_size // 3),
+        hbm_bytes=size.rows * 4 * row + parts,
+        l2_bytes=size.rows * 4 * row * -(-config.kernel_size // 3) + parts,
     )
 
 
@@ -357,7 +361,8 @@ def pointwise(config: ProteinBertConfig, size: Size, tile_rows: int = 32) -> Cos
     return Cost(
         flops=2.0 * size.tokens * 3 * d * d,
         hbm_bytes=size.rows * (12 * row + 4 + 2 * 7 * d * 4 / tile_rows),
-        l2_bytes=size.rows * 13 * row + size.rows / tile_rows * d * row,
+        # Both results twice, the broadcast, and the dense layer's weights for each tile.
+        l2_bytes=size.rows * 15 * row + size.rows / tile_rows * d * row,
         instructions=numbers
         * (2 * GELU + 3 * GELU_AND_SLOPE + 2 * (LAYER_NORM + LAYER_NORM_GRADIENT) + 7 * 2 + 12 * MOVE),
         special=numbers * (2 * GELU_SPECIAL + 3 * GELU_AND_SLOPE_SPECIAL),
@@ -371,7 +376,7 @@ def token_gradient(config: ProteinBertConfig, size: Size, symbols: int = 32) -> 
     return Cost(
         flops=2.0 * size.tokens * taps * symbols * d,
         hbm_bytes=size.rows * 3 * (row + 1),
-        l2_bytes=size.rows * (taps // 3) * (row + 3),
+        l2_bytes=size.rows * -(-taps // 3) * (row + 3),
         instructions=size.rows * taps * symbols,
     )
 
@@ -394,13 +399,18 @@ def attention_rows_gradient(config: ProteinBertConfig, size: Size, tile_rows: in
 
 
 def attention_weights_gradient(config: ProteinBertConfig, size: Size) -> Cost:
-    """Of the key and value weights, from keys and values that are computed again; 128 of them to a program."""
+    """Of the key and value weights, from keys and values that are computed again; 128 of them to a program.
+
+    264 programs have sums of their own, which are added up later.
+    """
     d, s, heads = config.d_local, size.itemsize, config.n_heads
     row, keys, values = d * s, heads * config.d_key, config.d_global
+    groups = -(-(keys + values) // 128)
+    parts = 2 * (264 // groups) * (keys + values) * d * 4
     return Cost(
         flops=2.0 * size.tokens * 2 * d * (keys + values),
-        hbm_bytes=size.tokens * (row + 8 * heads) + (keys + values) * row,
-        l2_bytes=size.tokens * -(-(keys + values) // 128) * row,
+        hbm_bytes=size.tokens * (row + 8 * heads) + (keys + values) * row + parts,
+        l2_bytes=size.tokens * groups * row + parts,
         instructions=size.tokens * (keys * (TANH + 5) + values * (GELU_AND_SLOPE + 1)),
         special=size.tokens * (keys * TANH_SPECIAL + values * GELU_AND_SLOPE_SPECIAL),
     )
@@ -422,10 +432,10 @@ def global_track_gradient(config: ProteinBertConfig, size: Size, tile_proteins: 
 
 
 def token_loss(config: ProteinBertConfig, size: Size) -> Cost:
-    """Forward and backward: logits twice, then the gradients of states and head."""
+    """Forward and backward: logits once and, for each 64 channels, again; then the gradients of states and head."""
     row = config.d_local * size.itemsize
     return Cost(
-        flops=2.0 * size.tokens * 4 * config.d_local * VOCABULARY_SIZE,
+        flops=2.0 * size.tokens * (3 + -(-config.d_local // 64)) * config.d_local * VOCABULARY_SIZE,
         hbm_bytes=size.rows * (3 * row + 20),
         l2_bytes=size.rows * (6 * row + 20),
         instructions=size.rows * 32 * 2 * 8,

@@ -124,6 +124,7 @@ def test_the_backward_pass_has_twice_the_products_and_what_is_computed_again():
 def test_bytes_of_a_pointwise_gradient():
     size = Size(tokens=128_000, rows=128_000, proteins=0, spans=0, itemsize=2)
     cost = cost_model.pointwise(CONFIG, size) * (1 / size.rows)
+    assert cost.l2_bytes == 15 * 256 + 32_768 / 32
     # Four states read, five written, three of them read again; seven sums of 128 numbers per 32 rows, out and in.
     assert cost.hbm_bytes == 12 * 256 + 4 + 2 * 7 * 128 * 4 / 32
 

@@ -220,9 +220,9 @@ class Bench:
     def reason_for_wrong(self, case: Case) -> str | None:
         """Which check of what a case runs has failed, or None."""
         if case.ours and case.dtype is not None:
-            # The model needs all operations; a case of one kernel alone has its name.
+            # The model needs all operations; a case of one kernel alone, or of its gradient, has its name.
             for (operation, precision), why in self.failed.items():
-                if precision == case.dtype and (case.table != KERNELS or case.name == operation):
+                if precision == case.dtype and (case.table not in {KERNELS, GRADIENTS} or case.name == operation):
                     return f"{operation} failed its check: {why}"
         return None
 

@@ -23,9 +23,9 @@ from proteinbert_fast.ops.backends import check_backend
 
 PROGRAM = "gpu_report"
 EPILOG = """\
-Every kernel is checked against the float64 reference on the device before anything is timed; what is wrong is shown as
-WRONG, without a time, and the exit code is 1. Without a GPU the tables say what would be measured; the exit code is 0.
-docs/benchmarks.md says what each row means. Let nothing else run on the GPU meanwhile.
+Every kernel is checked against the float64 reference before it is timed, those of the forward pass before anything
+else; what is wrong is shown as WRONG, without a time, and the exit code is 1. Without a GPU the tables say what would
+be measured; the exit code is 0. docs/benchmarks.md says what each row means. Let nothing else run on the GPU meanwhile.
 """
 
 

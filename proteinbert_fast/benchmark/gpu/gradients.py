@@ -107,9 +107,9 @@ def _global_track(last: bool) -> Operation:
             ),
         )  # fmt: skip
         hidden, state, query, _, _, _, pooled, denominator = out
-        d_query, d_word, d_mean = _said(i, last)
+        d_state, (d_query, d_word, d_mean) = _kept(i, f"seen {last}", lambda: (_seen(i.state), _said(i, last)))
         d_local, d_state, d_asked, d_weights = module._global_track_backward(
-            None, _seen(i.state), d_query, d_word, d_mean, i.rows, i.state, i.message.query, hidden, state, query,
+            None, d_state, d_query, d_word, d_mean, i.rows, i.state, i.message.query, hidden, state, query,
             pooled, denominator, flat, *places, *spans, heads, batch.longest,
         )  # fmt: skip
         return d_local, d_state, d_asked, *d_weights
@@ -153,6 +153,12 @@ def _said(i: Inputs, last: bool) -> tuple[Tensor | None, Tensor | None, Tensor |
     return said.query, said.broadcast, None
 
 
+def _one(i: Inputs) -> Tensor:
+    """The gradient of a loss."""
+    found: Tensor = _kept(i, "one", lambda: i.message.query.new_ones(()))
+    return found
+
+
 def _losses() -> list[Operation]:
     def targets(i: Inputs) -> tuple[Tensor, Tensor]:
         """The true token of each row, and whether it counts."""
@@ -169,13 +175,13 @@ def _losses() -> list[Operation]:
         module, head = _module("losses"), i.token_head
         at = i.rows, head.weight, head.bias, *_kept(i, "targets", lambda: targets(i))
         total, logs = module._token_forward(*at)
-        return total, *module._token_backward(torch.ones_like(total), *at, logs, True, True)
+        return total, *module._token_backward(_one(i), *at, logs, True, True)
 
     def run_annotation(i: Inputs) -> Tensors:
         module, head = _module("losses"), i.annotation_head
         at = i.state, head.weight, head.bias, *_kept(i, "terms", lambda: terms(i)), None
         total = module._annotation_forward(*at)
-        return total, *module._annotation_backward(torch.ones_like(total), *at, True, True)
+        return total, *module._annotation_backward(_one(i), *at, True, True)
 
     def exact(of_rows: bool) -> Callable[[Inputs], Tensors]:
         def found(i: Inputs) -> Tensors:
@@ -183,7 +189,7 @@ def _losses() -> list[Operation]:
             what: Callable[..., Tensor] = reference.token_loss_sum if of_rows else reference.annotation_loss_sum
             true = targets(i) if of_rows else terms(i)
             leaves: list[Any] = [i.rows if of_rows else i.state, head.weight, head.bias]
-            gradients = _exactly(lambda *own: [what(*own, *true)], leaves, [i.message.query.new_ones(())])
+            gradients = _exactly(lambda *own: [what(*own, *true)], leaves, [_one(i)])
             return what(*leaves, *true), *gradients
 
         return found

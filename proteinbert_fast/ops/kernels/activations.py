@@ -43,7 +43,8 @@ def gelu_and_slope(x, PRECISE: tl.constexpr):
     magnitude = tl.abs(x)
     a = tl.minimum(magnitude, 6.0)
     tail = _tail(a, PRECISE)
-    density = 0.3989422804 * tl.exp2(a * a * -0.7213475204)
+    # 1 / sqrt(2 pi) is a power of two as well.
+    density = tl.exp2(a * a * -0.7213475204 - 1.3257480647)
     # Both halves are the tail's: Phi(-a) = tail, Phi(a) = 1 - tail.
     slope = tail - a * density
     return 0.5 * (x + magnitude) - a * tail, tl.where(x > 0, 1.0 - slope, slope)
@@ -85,7 +86,8 @@ def kept_16_bit(x):
 
 @triton.jit
 def settled(x):
-    """A float32 sum of products, waited for. Left in flight from one turn of a loop to the next, ptxas on Hopper makes
-    every product wait for the one before. No instruction is left of this.
+    """A float32 sum of products on Hopper, waited for; no instruction is left of this.
+
+    Left in flight from one turn of a loop to the next, it makes ptxas let every product wait for the one before.
     """
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1)

@@ -101,7 +101,8 @@ def span_sums_kernel(
         if not CHUNK:
             key_weight = _head_matrix(KEY, head, K, K_PADDED, D)
             value_weight = _head_matrix(VALUE, head, V, V_PADDED, D)
-        numerator = tl.zeros((V_PADDED,), tl.float32)
+        # Rows 8 apart lie in one thread: only they are added up tile by tile, the others once at the end.
+        numerator = tl.zeros((M // 16, 8, V_PADDED), tl.float32)
         denominator = tl.zeros((M,), tl.float32)
         for tile in tl.range(0, n_rows, M, num_stages=STAGES):
             row = tile + tl.arange(0, M)
@@ -118,10 +119,11 @@ def span_sums_kernel(
             e = tl.where(inside, tl.exp2(logit), 0.0)
             value = gelu(value, LOCAL.dtype.element_ty == tl.float32)
             # Rows of the last tile that are not the protein's are zeros, not 0 * whatever.
-            numerator += tl.sum(tl.where(inside[:, None], value * e[:, None], 0.0), axis=0)
+            weighed = tl.where(inside[:, None], value * e[:, None], 0.0)
+            numerator += tl.sum(tl.reshape(weighed, (M // 16, 2, 8, V_PADDED)), axis=1)
             denominator += e
         out = SUMS + span.to(tl.int64) * WIDTH
-        tl.store(out + head * V + values, numerator, mask=values < V)
+        tl.store(out + head * V + values, tl.sum(tl.sum(numerator, axis=0), axis=0), mask=values < V)
         tl.store(out + H * V + head, tl.sum(denominator, axis=0))
         if RESIDUES:  # noqa: SIM102 - known when compiled, which head is not
             if head == 0:
@@ -159,8 +161,8 @@ def add_spans_kernel(
 @triton.jit(do_not_specialize=SIZES_OF_BATCHES)
 def weights_kernel(
     LOCAL, QUERY, KEY, DENOMINATOR, SEGMENTS, WEIGHTS, n_rows,
-    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, M: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of rows, head): the softmax weights, computed again from the keys. Zeros in gap rows."""
     head = tl.program_id(1)
@@ -170,7 +172,7 @@ def weights_kernel(
     inside = segment >= 0
     protein = tl.maximum(segment, 0).to(tl.int64)
     keys = tl.arange(0, K_PADDED)
-    key = tanh(projected(LOCAL, KEY, rows, inside, head, 0, K, K_PADDED, D, 16, PRECISION))
+    key = tanh(projected(LOCAL, KEY, rows, inside, head, 0, K, K_PADDED, D, CHUNK, PRECISION))
     query_at = QUERY + (protein * H + head)[:, None] * K + keys[None, :]
     query = tl.load(query_at, mask=inside[:, None] & (keys < K)[None, :], other=0.0)
     e = tl.exp2(tl.sum(key * query, axis=1) * SCALE)
@@ -319,7 +321,7 @@ def attention_weights(
     weights = local.new_empty(n_rows, n_heads)
     weights_kernel[(triton.cdiv(n_rows, c.rows), n_heads)](
         local, query.contiguous(), key_weight.to(local.dtype).contiguous(), denominator, segments, weights, n_rows,
-        D=channels, H=n_heads, K=d_key, K_PADDED=padded(d_key), M=c.rows, SCALE=LOG2_E.value / math.sqrt(d_key),
-        PRECISION=precision, num_warps=c.warps,
+        D=channels, H=n_heads, K=d_key, K_PADDED=padded(d_key), M=c.rows, CHUNK=c.chunk or min(channels, 64),
+        SCALE=LOG2_E.value / math.sqrt(d_key), PRECISION=precision, num_warps=c.warps,
     )  # fmt: skip
     return weights

@@ -24,14 +24,16 @@ from proteinbert_fast.ops.kernels.launching import (
     capability_of,
     has_large_tiles,
     has_matrix_units,
-    is_interpreted,
+    is_hopper,
     padded,
+    shared_memory,
 )
 from proteinbert_fast.ops.kernels.local_block_backward import add_parts
 from proteinbert_fast.ops.precision import product_precision
 from proteinbert_fast.packing import cut_into_spans
 
-_PROGRAMS = 264  # two on each multiprocessor of the largest chips: among so many are sums over rows split
+_PROGRAMS = 264  # two on each multiprocessor of an H100: among so many are sums over rows split
+_SCRATCH = 8192  # bytes of shared memory that reductions and small vectors take, or fewer
 
 
 class Configuration(NamedTuple):
@@ -41,7 +43,7 @@ class Configuration(NamedTuple):
         rows: of a tile of the rows' gradients.
         values: channels of a head's values at a time there.
         chunk: channels of the local state per product there, 0 for all at once.
-        stages: of the loop over heads, whose weights are fetched ahead.
+        stages: of the loop over heads, whose weights are fetched ahead; or, with a ``chunk``, of those over channels.
         weight_rows: of a tile of the weights' gradients.
         outputs: keys or values of a program of theirs, at most.
         weight_chunk: as ``chunk``, for theirs. Without matrix units, all channels would not fit into registers.
@@ -106,19 +108,19 @@ def attention_rows_gradient_kernel(
             for head in tl.range(0, H, num_stages=STAGES):
                 query = tl.load(QUERY + (protein * H + head) * K + keys, mask=keys < K, other=0.0)
                 denominator = tl.load(DENOMINATOR + protein * H + head)
-                key_weight = _weights_of(KEY, head * K, K, K_PADDED, D)
                 if CHUNK:
                     key = tanh(projected(LOCAL, KEY, rows, inside, head, 0, K, K_PADDED, D, CHUNK, PRECISION))
                 else:
+                    key_weight = _weights_of(KEY, head * K, K, K_PADDED, D)
                     key = tanh(tl.dot(local, tl.trans(key_weight), input_precision=PRECISION))
                 logit = tl.sum(key * query[None, :], axis=1) * (SCALE * LOG2_E)
                 weight = tl.where(inside, tl.exp2(logit) / denominator, 0.0)
                 along = tl.zeros((M,), tl.float32)
                 for first in tl.static_range(0, V_PADDED, VALUES):
-                    value_weight = _weights_of(VALUE, head * V + first, V - first, VALUES, D)
                     if CHUNK:
                         result = projected(LOCAL, VALUE, rows, inside, head, first, V, VALUES, D, CHUNK, PRECISION)
                     else:
+                        value_weight = _weights_of(VALUE, head * V + first, V - first, VALUES, D)
                         result = tl.dot(local, tl.trans(value_weight), input_precision=PRECISION)
                     value, slope = gelu_and_slope(result, PRECISE)
                     values = first + tl.arange(0, VALUES)
@@ -131,11 +133,15 @@ def attention_rows_gradient_kernel(
                         # One instruction less per value.
                         along += tl.sum(value * d_pooled[None, :], axis=1) - tl.sum(pooled * d_pooled, axis=0)
                     d_result = (weight[:, None] * d_pooled[None, :] * slope).to(dtype)
+                    if CHUNK:
+                        value_weight = _weights_of(VALUE, head * V + first, V - first, VALUES, D)
                     total = tl.dot(d_result, value_weight, total, input_precision=PRECISION)
                 d_logit = weight * along * SCALE
                 d_query_here = tl.sum(d_logit[:, None] * key, axis=0)
                 d_query += tl.where((heads == head)[:, None], d_query_here[None, :], 0.0)
                 d_result = (d_logit[:, None] * query[None, :] * (1.0 - key * key)).to(dtype)
+                if CHUNK:
+                    key_weight = _weights_of(KEY, head * K, K, K_PADDED, D)
                 total = tl.dot(d_result, key_weight, total, input_precision=PRECISION)
                 at = n_rows.to(tl.int64) * head + rows
                 tl.store(WEIGHT + at, weight, mask=inside)
@@ -155,7 +161,7 @@ def attention_rows_gradient_kernel(
             _clear(D_LOCAL, 0, start, D)
         if span + 1 == tl.load(FIRST_SPAN + protein + 1):
             following = tl.load(STARTS + protein + 1, mask=protein + 1 < n_proteins, other=n_rows)
-            _clear(D_LOCAL, start + tl.load(LENGTHS + protein), following, D)
+            _clear(D_LOCAL, start + tl.load(LENGTHS + protein), tl.minimum(following, n_rows), D)
 
 
 @triton.jit
@@ -163,7 +169,7 @@ def _clear(X, first, end, D: tl.constexpr):
     """Zeros in rows [first, end), which are a gap."""
     columns = tl.arange(0, D)
     for i in range(0, (end - first).to(tl.int32), 16):
-        rows = first + i + tl.arange(0, 16)
+        rows = first + i + tl.arange(0, 16).to(tl.int64)
         zeros = tl.zeros((16, D), X.dtype.element_ty)
         tl.store(X + rows[:, None] * D + columns[None, :], zeros, mask=(rows < end)[:, None])
 
@@ -225,31 +231,33 @@ def _weight_gradient(
 def attention_weights_gradient_kernel(
     LOCAL, QUERY, KEY, VALUE, STARTS, LENGTHS, TILE_PROTEIN, FIRST_TILE, D_POOLED, WEIGHT, D_LOGIT, PARTS, n_proteins,
     n_parts, n_rows,
-    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, V_PADDED: tl.constexpr, HEADS: tl.constexpr,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, SETTLED: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    KEY_GROUPS: tl.constexpr, VALUES: tl.constexpr, VALUE_GROUPS: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, SETTLED: tl.constexpr,
 ):  # fmt: skip
     """Program (part of the tiles, group): the group's rows of PARTS[part] (H * (K + V), D), keys above values.
 
-    A group is the keys of HEADS heads, KEYS with padding, or VALUES values of one.
+    A group is KEYS keys of HEADS heads, whose keys are KEY_GROUPS groups, or VALUES values of a head, VALUE_GROUPS.
     """
     part = tl.program_id(0)
     group = tl.program_id(1)
-    each = tl.cdiv(tl.load(FIRST_TILE + n_proteins).to(tl.int32), n_parts)
+    n_tiles = tl.load(FIRST_TILE + n_proteins).to(tl.int32)
+    each = tl.cdiv(n_tiles, n_parts)
     begin = part * each
-    end = tl.minimum(begin + each, tl.load(FIRST_TILE + n_proteins).to(tl.int32))
+    end = tl.minimum(begin + each, n_tiles)
     out = PARTS + part.to(tl.int64) * (H * (K + V) * D)
-    if group < H // HEADS:
+    if group < H // HEADS * KEY_GROUPS:
         _weight_gradient(
-            LOCAL, KEY, QUERY, D_LOGIT, STARTS, LENGTHS, TILE_PROTEIN, FIRST_TILE, out, begin, end, group * HEADS, 0,
-            n_rows, True, K, HEADS, KEYS, H, D, M, CHUNK, STAGES, PRECISION, SETTLED,
+            LOCAL, KEY, QUERY, D_LOGIT, STARTS, LENGTHS, TILE_PROTEIN, FIRST_TILE, out, begin, end,
+            group // KEY_GROUPS * HEADS, group % KEY_GROUPS * KEYS, n_rows,
+            True, K, HEADS, KEYS, H, D, M, CHUNK, STAGES, PRECISION, SETTLED,
         )  # fmt: skip
     else:
-        group -= H // HEADS
+        group -= H // HEADS * KEY_GROUPS
         _weight_gradient(
             LOCAL, VALUE, D_POOLED, WEIGHT, STARTS, LENGTHS, TILE_PROTEIN, FIRST_TILE, out + H * K * D, begin, end,
-            group // (V_PADDED // VALUES), group % (V_PADDED // VALUES) * VALUES,
-            n_rows, False, V, 1, VALUES, H, D, M, CHUNK, STAGES, PRECISION, SETTLED,
+            group // VALUE_GROUPS, group % VALUE_GROUPS * VALUES, n_rows,
+            False, V, 1, VALUES, H, D, M, CHUNK, STAGES, PRECISION, SETTLED,
         )  # fmt: skip
 
 
@@ -263,11 +271,27 @@ def configuration(capability: int, channels: int, dtype: torch.dtype, precision:
         return Configuration(16, 16, 16, 1, 16, 128 if exact else 64, 16, 1, 8, None)
     if channels > 128:
         return Configuration(32, 64, 64, 2, 32, 64, 0, 2, 8, None)
-    if 90 <= capability < 100:
+    if is_hopper(capability):
         return Configuration(128, 64, 0, 2, 64, 128, 0, 3, 8, 128)
     # Blackwell's memory for sums of products has no room for tiles of 128 rows: Triton 3.6 makes a kernel of a trap.
     large = has_large_tiles(capability)
     return Configuration(64, 64, 64, 3, 64 if large else 32, 128, 0, 3 if large else 2, 8, None)
+
+
+def fitted(c: Configuration, capability: int, outputs: int, channels: int, itemsize: int) -> Configuration:
+    """The same, a few channels at a time where a head's weights do not fit into a program's shared memory.
+
+    Args:
+        c: that all states of these channels get.
+        capability: 80 for 8.0; 0 in the interpreter.
+        outputs: keys and values of a head, padded.
+        channels: D.
+        itemsize: bytes of a number.
+    """
+    needed = (outputs * c.stages + c.rows) * channels * itemsize
+    if c.chunk or not capability or needed + _SCRATCH <= shared_memory(capability):
+        return c
+    return c._replace(rows=64, chunk=64)
 
 
 class Gradients(NamedTuple):
@@ -324,7 +348,11 @@ def launch(
     n_proteins, (n_rows, channels) = len(starts), local.shape
     d_key, d_value = len(key_weight) // n_heads, len(value_weight) // n_heads
     precision = product_precision(dtype)
-    c = chosen or configuration(capability_of(local), channels, dtype, precision)
+    capability = capability_of(local)
+    c = chosen
+    if c is None:
+        c = configuration(capability, channels, dtype, precision)
+        c = fitted(c, capability, padded(d_key) + padded(d_value), channels, local.element_size())
     protein, first = spans
     if not n_proteins:
         return Gradients(
@@ -339,29 +367,29 @@ def launch(
     query, d_pooled = query.contiguous(), d_pooled.contiguous()
     matrices = key_weight.to(dtype).contiguous(), value_weight.to(dtype).contiguous()
     sizes = {
-        "D": channels, "H": n_heads, "K": d_key, "V": d_value, "V_PADDED": padded(d_value),
-        "PRECISION": precision, "num_warps": c.warps,
+        "D": channels, "H": n_heads, "K": d_key, "V": d_value, "PRECISION": precision, "num_warps": c.warps,
     }  # fmt: skip
     attention_rows_gradient_kernel[(len(protein),)](
         local, query, *matrices, starts, lengths, protein, first, pooled, denominator, d_pooled,
         d_pooled if d_mean is None else d_mean.contiguous(), d_local, d_query, weight, d_logit, n_proteins, n_rows,
-        **sizes, K_PADDED=padded(d_key), H_PADDED=padded(n_heads), SPAN=SPAN, M=c.rows,
+        **sizes, K_PADDED=padded(d_key), V_PADDED=padded(d_value), H_PADDED=padded(n_heads), SPAN=SPAN, M=c.rows,
         VALUES=min(c.values, padded(d_value)), SCALE=1 / math.sqrt(d_key), CHUNK=c.chunk, STAGES=c.stages,
         HAS_MEAN=d_mean is not None, num_stages=c.stages,
     )  # fmt: skip
     tile_protein, first_tile = cut_into_spans(lengths, c.weight_rows, n_rows // c.weight_rows + n_proteins)
     # As many heads' keys to a program as it takes, if they fill its tile without padding.
-    together = c.outputs // d_key if d_key == padded(d_key) else 1
-    together = max(math.gcd(n_heads, together), 1)
-    values = min(c.outputs, padded(d_value))
-    groups = n_heads // together + n_heads * padded(d_value) // values
+    together = math.gcd(n_heads, max(c.outputs // d_key, 1)) if d_key == padded(d_key) else 1
+    keys, values = min(c.outputs, together * padded(d_key)), min(c.outputs, padded(d_value))
+    key_groups, value_groups = together * padded(d_key) // keys, padded(d_value) // values
+    groups = n_heads // together * key_groups + n_heads * value_groups
     n_parts = max(1, min(_PROGRAMS // groups, len(tile_protein)))
     parts = local.new_empty(n_parts, n_heads * (d_key + d_value), channels, dtype=torch.float32)
     attention_weights_gradient_kernel[(n_parts, groups)](
         local, query, *matrices, starts, lengths, tile_protein, first_tile, d_pooled, weight, d_logit, parts,
         n_proteins, n_parts, n_rows,
-        **sizes, HEADS=together, KEYS=padded(together * d_key), VALUES=values, M=c.weight_rows,
-        CHUNK=c.weight_chunk, STAGES=c.weight_stages, SETTLED=not is_interpreted(), num_stages=c.weight_stages,
+        **sizes, HEADS=together, KEYS=keys, KEY_GROUPS=key_groups, VALUES=values, VALUE_GROUPS=value_groups,
+        M=c.weight_rows,
+        CHUNK=c.weight_chunk, STAGES=c.weight_stages, SETTLED=is_hopper(capability), num_stages=c.weight_stages,
         maxnreg=c.registers,
     )  # fmt: skip
     sums, first = add_spans(SpanSums(d_query, first), lengths, n_rows, longest, most=1)

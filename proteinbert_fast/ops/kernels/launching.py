@@ -28,6 +28,11 @@ def has_large_tiles(capability: int) -> bool:
     return 90 <= capability < 120
 
 
+def is_hopper(capability: int) -> bool:
+    """Whether products are Hopper's: of a warpgroup, asynchronous, summed in registers."""
+    return 90 <= capability < 100
+
+
 def shared_memory(capability: int) -> int:
     """Bytes that one program may use: 99 KB of gaming and workstation GPUs from Ampere on, more in data centres."""
     if has_large_tiles(capability):

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.ops.kernels import tuning
-from proteinbert_fast.ops.kernels.activations import gelu, kept_16_bit, layer_norm
+from proteinbert_fast.ops.kernels.activations import gelu, kept_16_bit, layer_norm, settled
 from proteinbert_fast.ops.kernels.launching import (
     SIZES_OF_BATCHES,
     capability_of,
     has_large_tiles,
     has_matrix_units,
+    is_hopper,
     is_interpreted,
     padded,
 )
@@ -100,7 +101,7 @@ def convolve(
 @triton.jit
 def _look_up(
     total, TOKENS, TABLES, rows, n_rows, FIRST_TAP: tl.constexpr, DILATION: tl.constexpr, D: tl.constexpr,
-    TAPS: tl.constexpr, SYMBOLS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    TAPS: tl.constexpr, SYMBOLS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SETTLED: tl.constexpr,
 ):  # fmt: skip
     """Adds a convolution of embedded tokens to ``total`` (M, D), taps in order; TABLES is (taps, SYMBOLS, D)."""
     columns = tl.arange(0, D)
@@ -112,6 +113,8 @@ def _look_up(
         table = tl.load(TABLES + table_row[:, None] * D + columns[None, :])
         one_hot = (token[:, None] == symbols[None, :]).to(table.dtype)
         total = tl.dot(one_hot, table, total, input_precision=PRECISION)
+        if SETTLED:
+            total = settled(total)
     return total
 
 
@@ -122,7 +125,7 @@ def local_block_kernel(
     D: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
     STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, KEEP_HIDDEN: tl.constexpr,
     CHUNKED_DENSE: tl.constexpr, EPSILON: tl.constexpr, KEPT: tl.constexpr, SYMBOLS: tl.constexpr,
-    KEEP_RESULTS: tl.constexpr,
+    KEEP_RESULTS: tl.constexpr, SETTLED: tl.constexpr,
 ):  # fmt: skip
     """Rows [first + M * program, ...) of the batch. Gap rows are computed like others and written as zeros.
 
@@ -145,7 +148,7 @@ def local_block_kernel(
 
     total = tl.broadcast_to(tl.load(NARROW_BIAS + columns).to(tl.float32)[None, :], (M, D))
     if SYMBOLS:
-        total = _look_up(total, TOKENS, W_TILES, rows, n_rows, 0, 1, D, TAPS, SYMBOLS, STAGES, PRECISION)
+        total = _look_up(total, TOKENS, W_TILES, rows, n_rows, 0, 1, D, TAPS, SYMBOLS, STAGES, PRECISION, SETTLED)
         token = tl.load(TOKENS + rows, mask=in_batch, other=SYMBOLS - 1).to(tl.int32)
         x = tl.load(X + token[:, None] * D + columns[None, :])
     else:
@@ -163,7 +166,9 @@ def local_block_kernel(
         merged_16 = kept_16_bit(merged.to(tl.float16))
     total = tl.broadcast_to(tl.load(WIDE_BIAS + columns).to(tl.float32)[None, :], (M, D))
     if SYMBOLS:
-        total = _look_up(total, TOKENS, W_TILES, rows, n_rows, TAPS, DILATION, D, TAPS, SYMBOLS, STAGES, PRECISION)
+        total = _look_up(
+            total, TOKENS, W_TILES, rows, n_rows, TAPS, DILATION, D, TAPS, SYMBOLS, STAGES, PRECISION, SETTLED
+        )
     else:
         total = convolve(
             total, X_TILES, W_TILES, start, n_rows, TAPS, DILATION, D, TAPS, CHUNK, STAGES, DESCRIPTORS, PRECISION
@@ -425,7 +430,8 @@ def launch(
         D=channels, TAPS=w.narrow_weight.shape[-1], DILATION=wide_dilation, M=c.rows, CHUNK=min(c.chunk, channels),
         STAGES=c.stages, DESCRIPTORS=c.descriptors, PRECISION=precision, KEEP_HIDDEN=keep_hidden,
         CHUNKED_DENSE=c.chunked_dense, EPSILON=LAYER_NORM_EPS, KEPT=dtype != torch.float32 and not is_interpreted(),
-        SYMBOLS=symbols, KEEP_RESULTS=keep_results, num_warps=c.warps, num_stages=c.stages,
+        SYMBOLS=symbols, KEEP_RESULTS=keep_results, SETTLED=precision == "tf32" and is_hopper(capability),
+        num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return hidden if keep_hidden else x.new_empty(0, channels), local, narrow, wide
 

@@ -23,7 +23,7 @@ from proteinbert_fast.ops.kernels.launching import (
     capability_of,
     has_large_tiles,
     has_matrix_units,
-    is_interpreted,
+    is_hopper,
     padded,
 )
 from proteinbert_fast.ops.kernels.local_block import HopperConfiguration, convolve, portable_because
@@ -301,7 +301,7 @@ def configuration(capability: int, channels: int, dtype: torch.dtype, precision:
     if has_large_tiles(capability):
         if wide:
             return Configuration(16, 64, 64, 8, 64, 1, True, True)
-        return Configuration(32, 128, min(channels, 64), 8, 64, 3, True, False, 128 if capability < 100 else None)
+        return Configuration(32, 128, min(channels, 64), 8, 64, 3, True, False, 128 if is_hopper(capability) else None)
     return Configuration(32 if not wide else 16, 64, min(channels, 32), 8, 32, 1, False, wide)
 
 
@@ -483,6 +483,7 @@ def _weight_gradient(
     weight_gradient_kernel[(n_parts, taps // at_once, blocks)](
         gradient, x.contiguous() if tokens is None else tokens, parts, gap, n_rows, rows_each,
         D=channels, N=columns, TAPS=taps, DILATION=dilation, AT_ONCE=at_once, K=c.weight_rows, STAGES=2,
-        PRECISION=precision, EMBEDDED=tokens is not None, SETTLED=not is_interpreted(), num_warps=8, num_stages=2,
+        PRECISION=precision, EMBEDDED=tokens is not None, SETTLED=is_hopper(capability_of(x)),
+        num_warps=8, num_stages=2,
     )  # fmt: skip
     return add_parts(parts)

@@ -82,8 +82,10 @@ def pretend_gpu(patch: pytest.MonkeyPatch) -> None:
     for name, fake in fakes.items():
         patch.setattr(torch.cuda, name, fake)
     kernel = SimpleNamespace(key="local_block_kernel", count=6, self_device_time_total=3000.0)
+    # Two of the same name, as templates of which only the beginning is shown.
+    again = SimpleNamespace(key="local_block_kernel", count=2, self_device_time_total=500.0)
     launch = SimpleNamespace(key="cudaLaunchKernel", count=9, self_device_time_total=0.0)
-    profiler = SimpleNamespace(key_averages=lambda: [kernel, launch])
+    profiler = SimpleNamespace(key_averages=lambda: [kernel, again, launch])
     patch.setattr(torch.profiler, "profile", lambda activities: nullcontext(profiler))
     patch.setitem(sys.modules, "proteinbert_fast.graphs", SimpleNamespace(GraphedForward=GraphedForward))
 
@@ -116,8 +118,9 @@ def test_what_only_a_gpu_has(report: GpuReport):
     ]
     profiled = report.sections["profile"]
     assert [(row.case.name, row.values["launches"]) for row in profiled] == [
-        ("all kernels", 6), ("local_block_kernel", 6),
+        ("all kernels", 8), ("local_block_kernel", 8),
     ] * 2  # fmt: skip
+    assert {row.seconds[0] for row in profiled} == {0.0035}
     assert [row.case.table for row in profiled] == [profile.TABLE] * 2 + [profile.TRAINING] * 2
     for row in report.sections["training"][:2]:
         assert row.values["predicted_residues_per_second"] > 0

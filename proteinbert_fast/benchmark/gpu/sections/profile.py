@@ -21,6 +21,7 @@ TABLE = "one forward pass, kernel by kernel"
 TRAINING = "one training step, kernel by kernel"
 _SHOWN = 14  # kernels; the others are added up
 _SHOWN_OF_TRAINING = 30
+_NAME = 100  # characters
 
 
 def rows(bench: Bench) -> list[Row]:
@@ -48,7 +49,7 @@ def _forward(bench: Bench) -> list[Row]:
 
 def _training(bench: Bench) -> list[Row]:
     """Of a training step in bfloat16, keeping what makes it fastest."""
-    if bench.obstacle:
+    if bench.obstacle or bench.lost:
         return _profiled(bench, TRAINING, "bfloat16", Work(), lambda: lambda: None, 0)
     data = training_data(bench, sample(bench))
     return _profiled(
@@ -106,5 +107,8 @@ def _device_times(profiler: Any) -> dict[str, tuple[int, float]]:
     for event in profiler.key_averages():
         microseconds = getattr(event, "self_device_time_total", 0) or 0
         if microseconds:
-            found[event.key.replace("|", "/")[:60]] = (int(event.count), microseconds / 1e6)
+            # Names of templates are long, and alike at the beginning.
+            name = event.key.replace("|", "/")[:_NAME]
+            launches, seconds = found.get(name, (0, 0.0))
+            found[name] = launches + int(event.count), seconds + microseconds / 1e6
     return found
