@@ -25,6 +25,7 @@ import torch
 from proteinbert_fast.benchmark import apart
 from proteinbert_fast.benchmark.cases import Ready
 from proteinbert_fast.benchmark.gpu.bench import NO_GPU, Bench
+from proteinbert_fast.benchmark.gpu.gradients import GRADIENTS
 from proteinbert_fast.benchmark.gpu.operations import OPERATIONS, Inputs, Operation, Tensors, same
 from proteinbert_fast.benchmark.gpu.precision import PRECISIONS
 from proteinbert_fast.benchmark.gpu.sections.kernels import kernel_lengths
@@ -39,6 +40,12 @@ KERNELS = {
     "local_block": ("local_block, first", "local_block", "local_block, hidden kept"),
     "local_block_hopper": ("local_block", "local_block, hidden kept"),
     "global_attention": ("global_track", "global_track, last", "global_track, with weights"),
+}
+# Those of the backward pass, by their gradients.
+BACKWARD = {
+    "local_block_backward": ("local_block", "local_block, first"),
+    "local_block_backward_hopper": ("local_block",),
+    "global_attention_backward": ("global_track", "global_track, last"),
 }
 # A gain smaller than timings vary is none.
 LEAST_GAIN = 0.02
@@ -78,6 +85,8 @@ def candidates(job: Job, capability: int) -> list[tuple[Any, ...]]:
     itemsize = dtype.itemsize
     matrix_units = itemsize == 2 and capability >= 80
     found: list[tuple[Any, ...]] = []
+    if job.kernel in BACKWARD:
+        return _candidates_of_backward(job, capability) if matrix_units else []
     if job.kernel == "local_block_hopper":
         if _module("local_block").portable_because(capability, job.channels, dtype) is None:
             tiles = ((64, 4), (128, 4), (128, 8), (256, 8))
@@ -117,6 +126,38 @@ def candidates(job: Job, capability: int) -> list[tuple[Any, ...]]:
     return found
 
 
+def _candidates_of_backward(job: Job, capability: int) -> list[tuple[Any, ...]]:
+    """What leaves sums over rows in their order, in 16 bits; the others would give other bits."""
+    from proteinbert_fast.ops.kernels import tuning
+    from proteinbert_fast.ops.kernels.launching import is_hopper
+
+    def fit(warps: int, registers: int | None) -> bool:
+        """Into a multiprocessor."""
+        return 32 * warps * (registers or 0) <= 65536
+
+    dtype, module = PRECISIONS[job.dtype].dtype, _module(job.kernel)
+    runs_hopper = _module("local_block").portable_because(capability, job.channels, dtype) is None
+    bounds = (None, 128, 168)  # of registers
+    if job.kernel == "local_block_backward_hopper":
+        tiles = ((128, 4), (128, 8), (256, 8), (256, 16)) if runs_hopper else ()
+        return [(rows, 64, warps, stages, registers) for rows, warps in tiles for stages in (2, 3, 4)
+                for registers in bounds if fit(warps, registers)]  # fmt: skip
+    with tuning.using(None):
+        shipped = module.configuration(capability, job.channels, dtype)
+    if job.kernel == "local_block_backward":
+        rows = (shipped.convolution_rows,) if runs_hopper else (64, 128)
+        chunks = (shipped.chunk,) if runs_hopper else sorted({min(chunk, job.channels) for chunk in (32, 64)})
+        return [tuple(shipped._replace(convolution_rows=n, chunk=chunk, warps=warps, registers=registers))
+                for n in rows for chunk in chunks for warps in (4, 8, 16) for registers in bounds
+                if fit(warps, registers)]  # fmt: skip
+    # The gradients of rows, and those of weights, each with the shipped choice for the other.
+    of_rows = [shipped._replace(values=values, chunk=chunk, stages=stages) for values in (64, 128)
+               for chunk in ((0, 64) if is_hopper(capability) else (64,)) for stages in (1, 2, 3)]  # fmt: skip
+    of_weights = [shipped._replace(weight_stages=stages, registers=registers) for stages in (2, 3, 4)
+                  for registers in bounds if fit(shipped.warps, registers)]  # fmt: skip
+    return list(dict.fromkeys(tuple(c) for c in (*of_rows, *of_weights)))
+
+
 def _module(kernel: str) -> Any:
     from proteinbert_fast.ops import kernels
 
@@ -124,8 +165,8 @@ def _module(kernel: str) -> Any:
 
 
 def _operations(kernel: str) -> list[Operation]:
-    by_name = {operation.name: operation for operation in OPERATIONS}
-    return [by_name[name] for name in KERNELS[kernel]]
+    by_name = {operation.name: operation for operation in (GRADIENTS if kernel in BACKWARD else OPERATIONS)}
+    return [by_name[name] for name in (KERNELS | BACKWARD)[kernel]]
 
 
 class Search:
@@ -186,7 +227,7 @@ class Search:
 
         module, rows = _module(self.job.kernel), self._made(False).rows
         with tuning.using(None), PRECISIONS[self.job.dtype].active():
-            if self.job.kernel == "local_block_hopper":
+            if self.job.kernel.endswith("_hopper"):
                 return tuple(module.configuration(self.job.channels, rows.dtype))
             precision = product_precision(rows.dtype)
             return tuple(module.configuration(capability_of(rows), self.job.channels, rows.dtype, precision))
@@ -283,7 +324,7 @@ def tune(dtypes: Sequence[str], channels: Sequence[int], say: Callable[[str], No
 
     machine = tuning.machine_of(torch.cuda.current_device())
     found: dict[str, tuple[Any, ...]] = {}
-    for job in [Job(kernel, dtype, width) for kernel in KERNELS for dtype in dtypes for width in channels]:
+    for job in [Job(kernel, dtype, width) for kernel in KERNELS | BACKWARD for dtype in dtypes for width in channels]:
         if not candidates(job, machine.capability):
             continue
         say(f"{job}: {len(candidates(job, machine.capability))} candidates, a few seconds each")

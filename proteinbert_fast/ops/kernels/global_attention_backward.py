@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import LOG2_E, gelu_and_slope, settled, tanh
 from proteinbert_fast.ops.kernels.global_attention import SPAN, SpanSums, add_spans, projected
 from proteinbert_fast.ops.kernels.launching import (
@@ -262,7 +263,10 @@ def attention_weights_gradient_kernel(
 
 
 def configuration(capability: int, channels: int, dtype: torch.dtype, precision: str = "ieee") -> Configuration:
-    """The shipped one for a device; as for the local block."""
+    """The tuned one of this machine, or the shipped one for a device; as for the local block."""
+    kernel = "global_attention_backward"
+    if (tuned := tuning.lookup(kernel, Configuration, capability, channels, dtype, precision)) is not None:
+        return tuned
     exact = dtype == torch.float32
     if capability == 0:  # Time in the interpreter goes by the number of operations, not by their sizes.
         chunk = 32 if exact else 0

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from proteinbert_fast.config import LAYER_NORM_EPS
+from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import gelu, gelu_and_slope, settled
 from proteinbert_fast.ops.kernels.launching import (
     SIZES_OF_BATCHES,
@@ -292,7 +293,10 @@ def add_parts(parts: Tensor) -> Tensor:
 
 
 def configuration(capability: int, channels: int, dtype: torch.dtype, precision: str = "ieee") -> Configuration:
-    """The shipped one for a device; the arguments are those of the local block's."""
+    """The tuned one of this machine, or the shipped one for a device; the arguments are those of the local block's."""
+    kernel = "local_block_backward"
+    if (tuned := tuning.lookup(kernel, Configuration, capability, channels, dtype, precision)) is not None:
+        return tuned
     wide = channels > 128
     if capability == 0:  # Time in the interpreter goes by the number of operations, not by their sizes.
         return Configuration(64, 64, 32, 4, 64, 3, False, dtype == torch.float32)
@@ -367,7 +371,7 @@ def launch(
         if portable_because(capability, channels, dtype, taps, wide_dilation, gap) is None:
             from proteinbert_fast.ops.kernels import local_block_backward_hopper as hopper
 
-            c = c._replace(hopper=hopper.configuration(channels))
+            c = c._replace(hopper=hopper.configuration(channels, dtype))
             if hopper.weights_unsupported(channels, dtype, taps, wide_dilation, gap) is None:
                 c = c._replace(hopper_weights=hopper.weights_configuration())
     symbols = 0 if tokens is None else padded(len(x) + 1, 32)

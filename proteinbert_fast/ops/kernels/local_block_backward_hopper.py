@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from proteinbert_fast.errors import BackendError
+from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES
 from proteinbert_fast.ops.kernels.local_block import HopperConfiguration
 from proteinbert_fast.ops.kernels.local_block_backward import HopperWeights
@@ -169,8 +170,17 @@ def weight_gradient_hopper_kernel(
     gl.store(out + 2 * D * D, sum2)
 
 
-def configuration(channels: int) -> HopperConfiguration:
-    """The shipped one: two programs to an SM, one's loads and stores beside the other's products."""
+def configuration(channels: int, dtype: torch.dtype = torch.bfloat16) -> HopperConfiguration:
+    """The tuned one of this machine, or the shipped one; of the gradient of x.
+
+    Args:
+        channels: D.
+        dtype: of the states.
+    """
+    kernel = "local_block_backward_hopper"
+    if (tuned := tuning.lookup(kernel, HopperConfiguration, 90, channels, dtype)) is not None:
+        return tuned
+    # Two programs to an SM: one's loads and stores run beside the other's products.
     return HopperConfiguration(rows=128, chunk=64, warps=8, stages=3 if channels == 128 else 6, registers=128)
 
 

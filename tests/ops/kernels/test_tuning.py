@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ from proteinbert_fast.ops.kernels.tuning import Machine
 from .conftest import IS_INTERPRETED
 
 pytestmark = pytest.mark.slow
+
+for _name in tune.BACKWARD:
+    import_module(f"proteinbert_fast.ops.kernels.{_name}")
 
 local_block = sys.modules["proteinbert_fast.ops.kernels.local_block"]
 global_attention = sys.modules["proteinbert_fast.ops.kernels.global_attention"]
@@ -138,8 +142,51 @@ def test_candidates_fit(kernel, dtype, capability):
             assert dtype != "bfloat16" or named["stages"] * (named["rows"] + 128) * named["chunk"] * 2 <= 227 * 1024
 
 
+@pytest.mark.parametrize("kernel", tune.BACKWARD)
+@pytest.mark.parametrize("capability", [75, 80, 86, 90, 100])
+def test_candidates_of_the_backward_pass(kernel, capability):
+    found = candidates(Job(kernel, "bfloat16", 128), capability)
+    assert len(found) == len(set(found))
+    is_hopper_only = kernel.endswith("_hopper")
+    has_hopper = local_block.portable_because(capability, 128, torch.bfloat16) is None  # with this Triton
+    assert bool(found) == (has_hopper if is_hopper_only else capability >= 80)
+    assert candidates(Job(kernel, "float32", 128), capability) == []
+    kind = sys.modules[f"proteinbert_fast.ops.kernels.{kernel}"]
+    kind = kind.HopperConfiguration if is_hopper_only else kind.Configuration
+    for values in found:
+        # What would add rows up in another order stays as shipped.
+        named = kind(*values)
+        if kernel == "local_block_backward":
+            assert (named.rows, named.weight_rows, named.taps) == (
+                32,
+                64 if capability >= 90 else 32,
+                3 if capability >= 90 else 1,
+            )
+        if kernel == "global_attention_backward":
+            assert named.weight_rows == (64 if capability >= 90 else 32)
+
+
+def test_a_table_of_the_backward_pass_is_used(machine):
+    module = sys.modules["proteinbert_fast.ops.kernels.global_attention_backward"]
+    shipped = module.configuration(90, 128, torch.bfloat16)
+    tune.write(MACHINE, {"global_attention_backward/bfloat16/128": tuple(shipped._replace(stages=3, registers=None))})
+    assert module.configuration(90, 128, torch.bfloat16) == shipped._replace(stages=3, registers=None)
+    hopper = sys.modules["proteinbert_fast.ops.kernels.local_block_backward_hopper"]
+    tune.write(MACHINE, {"local_block_backward_hopper/bfloat16/128": (256, 64, 16, 3, 128)})
+    assert hopper.configuration(128).rows == 256
+    assert hopper.configuration(128, torch.float16).rows == 128
+    backward = sys.modules["proteinbert_fast.ops.kernels.local_block_backward"]
+    tuned = backward.configuration(90, 128, torch.bfloat16)._replace(registers=168)
+    tune.write(MACHINE, {"local_block_backward/bfloat16/128": tuple(tuned)})
+    assert backward.configuration(90, 128, torch.bfloat16) == tuned
+
+
 def test_shipped_configurations_are_candidates():
-    for kernel, module in (("local_block", local_block), ("global_attention", global_attention)):
+    modules = {"local_block": local_block, "global_attention": global_attention}
+    modules |= {
+        name: sys.modules[f"proteinbert_fast.ops.kernels.{name}"] for name in tune.BACKWARD if "hopper" not in name
+    }
+    for kernel, module in modules.items():
         for capability in (80, 86, 90, 100, 120):
             for dtype in ("bfloat16", "float16"):
                 shipped = tuple(module.configuration(capability, 128, getattr(torch, dtype)))
@@ -172,6 +219,19 @@ def test_attention_is_searched_too(device):
     tried = [found for found in search.run([(64, 8, 1, 32)]) if isinstance(found, Tried)]
     assert [t.seconds for t in tried] == [1.0, 1.0, 1.0]
     assert best_of(tried, shipped, search.confirm) is None
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="configurations of the interpreter")
+@pytest.mark.parametrize("kernel", ["local_block_backward", "global_attention_backward"])
+def test_gradients_are_searched_too(device, kernel):
+    search = Search(Job(kernel, "float32", 32), [20, 7], device, lambda run: run() and 1.0, SIZES, (0, 13))
+    shipped = search._shipped()
+    kind = sys.modules[f"proteinbert_fast.ops.kernels.{kernel}"].Configuration
+    warps, rows = kind(*shipped)._replace(warps=8), kind(*shipped)._replace(weight_rows=16)
+    tried = [found for found in search.run([tuple(warps), tuple(rows)]) if isinstance(found, Tried)]
+    assert [t.seconds for t in tried] == [1.0, 1.0, None, 1.0]
+    assert tried[2].refused == "other bits than the shipped configuration"
+    assert search.confirm(tuple(warps)) == ""
 
 
 def test_best_of_wants_a_gain_and_a_confirmation():
