@@ -52,7 +52,7 @@ def _local_block(first: bool) -> Operation:
         )
         d_x, d_word, d_weights = module._local_block_backward(
             _seen_rows(i), None, x, tokens, narrow, wide, i.word, batch.segments, batch.starts, batch.lengths,
-            list(weights), batch.gap, i.config.wide_dilation, batch.longest,
+            *batch.spans(module.SPAN), list(weights), batch.gap, i.config.wide_dilation, batch.longest,
         )  # fmt: skip
         return d_x, d_word, *d_weights
 
@@ -97,7 +97,7 @@ def _global_track(last: bool) -> Operation:
         batch, heads = i.batch, i.config.n_heads
         flat = _flat(i, last)
         places = (batch.starts, batch.lengths)
-        spans = batch.spans(module.SPAN)
+        spans = *batch.spans(module.SPAN), *batch.spans(module.TILE)
         out = _kept(
             i,
             f"global_track {last}",

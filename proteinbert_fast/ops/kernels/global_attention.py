@@ -27,6 +27,7 @@ from proteinbert_fast.ops.precision import product_precision
 from proteinbert_fast.packing import cut_into_spans
 
 SPAN = 512
+TILE = 64  # rows, of a protein too, among which the backward pass shares out sums over rows
 SPANS_AT_ONCE = 32
 _RESIDUES_AT_ONCE = 32
 _SCRATCH = 4096  # bytes of shared memory that reductions take, or fewer

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import LOG2_E, gelu_and_slope, settled, tanh
-from proteinbert_fast.ops.kernels.global_attention import SPAN, SpanSums, add_spans, projected
+from proteinbert_fast.ops.kernels.global_attention import SPAN, TILE, SpanSums, add_spans, projected
 from proteinbert_fast.ops.kernels.launching import (
     SIZES_OF_BATCHES,
     capability_of,
@@ -31,7 +31,6 @@ from proteinbert_fast.ops.kernels.launching import (
 )
 from proteinbert_fast.ops.kernels.local_block_backward import add_parts
 from proteinbert_fast.ops.precision import product_precision
-from proteinbert_fast.packing import cut_into_spans
 
 _PROGRAMS = 264  # two on each multiprocessor of an H100: among so many are sums over rows split
 _SCRATCH = 8192  # bytes of shared memory that reductions and small vectors take, or fewer
@@ -179,10 +178,10 @@ def _clear(X, first, end, D: tl.constexpr):
 def _weight_gradient(
     LOCAL, W, FACTORS, ROW_FACTORS, STARTS, LENGTHS, TILE_PROTEIN, FIRST_TILE, OUT, tile, end, head, first, n_rows,
     IS_KEY: tl.constexpr, SIZE: tl.constexpr, HEADS: tl.constexpr, OUTPUTS: tl.constexpr, H: tl.constexpr,
-    D: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    SETTLED: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, SETTLED: tl.constexpr,
 ):  # fmt: skip
-    """OUT (H * SIZE, D), OUTPUTS rows of it from the head's ``first`` on: sums over the tiles of rows [tile, end).
+    """OUT (H * SIZE, D), OUTPUTS rows of it from the head's ``first`` on: sums over the tiles [tile, end) of TILE rows.
 
     What is summed is slope * FACTORS (B, H * SIZE) * ROW_FACTORS (H, rows) * LOCAL. Outputs are rows here, and the
     states' rows are columns, so that the sums of one product are an operand of the next as they lie in registers.
@@ -195,9 +194,9 @@ def _weight_gradient(
     if not CHUNK:
         w = tl.load(W + output_at[:, None] * D + columns[None, :], mask=is_output[:, None], other=0.0)
     total = tl.zeros((OUTPUTS, D), tl.float32)
-    for i in tl.range(tile, end, num_stages=STAGES):
-        protein = tl.load(TILE_PROTEIN + i).to(tl.int64)
-        row = (i - tl.load(FIRST_TILE + protein)) * M + tl.arange(0, M)
+    for i in tl.range(tile * (TILE // M), end * (TILE // M), num_stages=STAGES):
+        protein = tl.load(TILE_PROTEIN + i // (TILE // M)).to(tl.int64)
+        row = (i - tl.load(FIRST_TILE + protein) * (TILE // M)) * M + tl.arange(0, M)
         inside = row < tl.load(LENGTHS + protein)
         rows = tl.load(STARTS + protein) + row
         x = tl.load(LOCAL + rows[:, None] * D + columns[None, :], mask=inside[:, None], other=0.0)
@@ -233,8 +232,8 @@ def attention_weights_gradient_kernel(
     LOCAL, QUERY, KEY, VALUE, STARTS, LENGTHS, TILE_PROTEIN, FIRST_TILE, D_POOLED, WEIGHT, D_LOGIT, PARTS, n_proteins,
     n_parts, n_rows,
     D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
-    KEY_GROUPS: tl.constexpr, VALUES: tl.constexpr, VALUE_GROUPS: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, SETTLED: tl.constexpr,
+    KEY_GROUPS: tl.constexpr, VALUES: tl.constexpr, VALUE_GROUPS: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr,
+    CHUNK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SETTLED: tl.constexpr,
 ):  # fmt: skip
     """Program (part of the tiles, group): the group's rows of PARTS[part] (H * (K + V), D), keys above values.
 
@@ -251,14 +250,14 @@ def attention_weights_gradient_kernel(
         _weight_gradient(
             LOCAL, KEY, QUERY, D_LOGIT, STARTS, LENGTHS, TILE_PROTEIN, FIRST_TILE, out, begin, end,
             group // KEY_GROUPS * HEADS, group % KEY_GROUPS * KEYS, n_rows,
-            True, K, HEADS, KEYS, H, D, M, CHUNK, STAGES, PRECISION, SETTLED,
+            True, K, HEADS, KEYS, H, D, TILE, M, CHUNK, STAGES, PRECISION, SETTLED,
         )  # fmt: skip
     else:
         group -= H // HEADS * KEY_GROUPS
         _weight_gradient(
             LOCAL, VALUE, D_POOLED, WEIGHT, STARTS, LENGTHS, TILE_PROTEIN, FIRST_TILE, out + H * K * D, begin, end,
             group // VALUE_GROUPS, group % VALUE_GROUPS * VALUES, n_rows,
-            False, V, 1, VALUES, H, D, M, CHUNK, STAGES, PRECISION, SETTLED,
+            False, V, 1, VALUES, H, D, TILE, M, CHUNK, STAGES, PRECISION, SETTLED,
         )  # fmt: skip
 
 
@@ -324,6 +323,7 @@ def launch(
     starts: Tensor,
     lengths: Tensor,
     spans: tuple[Tensor, Tensor],
+    tiles: tuple[Tensor, Tensor],
     longest: int,
     key_weight: Tensor,
     value_weight: Tensor,
@@ -342,6 +342,7 @@ def launch(
         starts: (B,) int64.
         lengths: (B,) int64.
         spans: as ``PackedBatch.spans(SPAN)`` gives them.
+        tiles: as ``PackedBatch.spans(TILE)`` does.
         longest: rows of the longest protein, or more.
         key_weight: (H * K, D), head-major.
         value_weight: (H * V, D), head-major.
@@ -380,7 +381,7 @@ def launch(
         VALUES=min(c.values, padded(d_value)), SCALE=1 / math.sqrt(d_key), CHUNK=c.chunk, STAGES=c.stages,
         HAS_MEAN=d_mean is not None, num_stages=c.stages,
     )  # fmt: skip
-    tile_protein, first_tile = cut_into_spans(lengths, c.weight_rows, n_rows // c.weight_rows + n_proteins)
+    tile_protein, first_tile = tiles
     # As many heads' keys to a program as it takes, if they fill its tile without padding.
     together = math.gcd(n_heads, max(c.outputs // d_key, 1)) if d_key == padded(d_key) else 1
     keys, values = min(c.outputs, together * padded(d_key)), min(c.outputs, padded(d_value))
@@ -392,7 +393,7 @@ def launch(
         local, query, *matrices, starts, lengths, tile_protein, first_tile, d_pooled, weight, d_logit, parts,
         n_proteins, n_parts, n_rows,
         **sizes, HEADS=together, KEYS=keys, KEY_GROUPS=key_groups, VALUES=values, VALUE_GROUPS=value_groups,
-        M=c.weight_rows,
+        TILE=TILE, M=c.weight_rows,
         CHUNK=c.weight_chunk, STAGES=c.weight_stages, SETTLED=is_hopper(capability), num_stages=c.weight_stages,
         maxnreg=c.registers,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels.activations import gelu, layer_norm, tanh
-from proteinbert_fast.ops.kernels.global_attention import SPAN, SpanSums, attention_weights, span_sums
+from proteinbert_fast.ops.kernels.global_attention import SPAN, TILE, SpanSums, attention_weights, span_sums
 from proteinbert_fast.ops.kernels.launching import (
     SIZES_OF_BATCHES,
     capability_of,
@@ -218,8 +218,8 @@ _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 @operator("global_track")
 def _global_track(
     local: Tensor, state: Tensor, query: Tensor, weights: list[Tensor], starts: Tensor, lengths: Tensor,
-    segments: Tensor, span_protein: Tensor, first_span: Tensor, n_heads: int, longest: int, return_attention: bool,
-    keep_sums: bool,
+    segments: Tensor, span_protein: Tensor, first_span: Tensor, tile_protein: Tensor, first_tile: Tensor,
+    n_heads: int, longest: int, return_attention: bool, keep_sums: bool,
 ) -> _Results:  # fmt: skip
     w = _unflattened(weights)
     spans = span_sums(
@@ -238,8 +238,8 @@ def _global_track(
 @_global_track.register_fake
 def _(
     local: Tensor, state: Tensor, query: Tensor, weights: list[Tensor], starts: Tensor, lengths: Tensor,
-    segments: Tensor, span_protein: Tensor, first_span: Tensor, n_heads: int, longest: int, return_attention: bool,
-    keep_sums: bool,
+    segments: Tensor, span_protein: Tensor, first_span: Tensor, tile_protein: Tensor, first_tile: Tensor,
+    n_heads: int, longest: int, return_attention: bool, keep_sums: bool,
 ) -> _Results:  # fmt: skip
     following = _unflattened(weights).following
     (n_proteins, n_global), d_local = state.shape, local.shape[1]
@@ -263,7 +263,7 @@ def _global_track_backward(
     d_hidden: Tensor | None, d_out: Tensor, d_query: Tensor | None, d_word: Tensor | None, d_mean: Tensor | None,
     local: Tensor, state: Tensor, query: Tensor, hidden: Tensor, out: Tensor, next_query: Tensor, pooled: Tensor,
     denominator: Tensor, weights: list[Tensor], starts: Tensor, lengths: Tensor, span_protein: Tensor,
-    first_span: Tensor, n_heads: int, longest: int,
+    first_span: Tensor, tile_protein: Tensor, first_tile: Tensor, n_heads: int, longest: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     from proteinbert_fast.ops.kernels import global_attention_backward, global_track_backward
 
@@ -272,8 +272,8 @@ def _global_track_backward(
         d_hidden, d_out, d_query, d_word, state, pooled, hidden, out, next_query, w.block, w.following
     )
     attention = global_attention_backward.launch(
-        track.pooled, d_mean, local, query, pooled, denominator, starts, lengths, (span_protein, first_span), longest,
-        w.key_weight, w.value_weight, n_heads,
+        track.pooled, d_mean, local, query, pooled, denominator, starts, lengths, (span_protein, first_span),
+        (tile_protein, first_tile), longest, w.key_weight, w.value_weight, n_heads,
     )  # fmt: skip
     d_weights = [attention.key_weight, attention.value_weight, *track.weights, *track.following]
     return attention.local, track.state, attention.query, d_weights
@@ -284,27 +284,26 @@ def _(
     d_hidden: Tensor | None, d_out: Tensor, d_query: Tensor | None, d_word: Tensor | None, d_mean: Tensor | None,
     local: Tensor, state: Tensor, query: Tensor, hidden: Tensor, out: Tensor, next_query: Tensor, pooled: Tensor,
     denominator: Tensor, weights: list[Tensor], starts: Tensor, lengths: Tensor, span_protein: Tensor,
-    first_span: Tensor, n_heads: int, longest: int,
+    first_span: Tensor, tile_protein: Tensor, first_tile: Tensor, n_heads: int, longest: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     d_local, d_state, d_query = (x.new_empty(x.shape) for x in (local, state, query))
     return d_local, d_state, d_query, [torch.empty_like(w) for w in weights]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    local, state, query, weights, starts, lengths, _, span_protein, first_span, n_heads, longest, _, _ = inputs
+    local, state, query, weights, starts, lengths, _, *tables, n_heads, longest, _, _ = inputs
     hidden, out, next_query, _, _, _, pooled, denominator = output
     ctx.sizes = n_heads, longest
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        local, state, query, hidden, out, next_query, pooled, denominator, starts, lengths, span_protein, first_span,
-        *weights,
-    )  # fmt: skip
+        local, state, query, hidden, out, next_query, pooled, denominator, starts, lengths, *tables, *weights
+    )
 
 
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
     d_hidden, d_out, d_query, d_word, d_mean, *_ = gradients
     local, state, query, hidden, out, next_query, pooled, denominator, *places = ctx.saved_tensors
-    starts, lengths, span_protein, first_span, *weights = places
+    places, weights = places[:6], places[6:]
     if d_out is None:
         d_out = torch.zeros_like(out)
     if len(next_query):
@@ -315,9 +314,9 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         d_query = d_word = None
     d_local, d_state, d_asked, d_weights = _global_track_backward(
         d_hidden, d_out, d_query, d_word, d_mean, local, state, query, hidden, out, next_query, pooled, denominator,
-        weights, starts, lengths, span_protein, first_span, *ctx.sizes,
+        weights, *places, *ctx.sizes,
     )  # fmt: skip
-    return d_local, d_state, d_asked, d_weights, *([None] * 9)
+    return d_local, d_state, d_asked, d_weights, *([None] * 11)
 
 
 _global_track.register_autograd(_backward, setup_context=_save)
@@ -364,11 +363,12 @@ def global_track(
     segments, spans = batch.segments, batch.spans(SPAN)
     flat = [weights.key_weight, weights.value_weight, *weights.block, *(following or ())]
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (local, global_state, message.query, *flat))
+    tiles = batch.spans(TILE) if wanted else spans  # for the backward pass alone
 
     def fast(local: Tensor, state: Tensor, query: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         result: tuple[Tensor, ...] = _global_track(
             local, state.to(local.dtype), query.float(), list(weights), batch.starts, batch.lengths, segments, *spans,
-            n_heads, batch.longest, return_attention, wanted,
+            *tiles, n_heads, batch.longest, return_attention, wanted,
         )  # fmt: skip
         return result[:6]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import gelu, kept_16_bit, layer_norm, settled
+from proteinbert_fast.ops.kernels.global_attention import SPAN
 from proteinbert_fast.ops.kernels.launching import (
     SIZES_OF_BATCHES,
     capability_of,
@@ -282,7 +283,8 @@ def implementation(
 @operator("local_block")
 def _local_block(
     x: Tensor, tokens: Tensor | None, broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor,
-    weights: list[Tensor], gap: int, wide_dilation: int, longest: int, keep_hidden: bool, keep_results: bool,
+    span_protein: Tensor, first_span: Tensor, weights: list[Tensor], gap: int, wide_dilation: int, longest: int,
+    keep_hidden: bool, keep_results: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return launch(x, tokens, broadcast, segments, weights, gap, wide_dilation, keep_hidden, keep_results, None)
 
@@ -290,7 +292,8 @@ def _local_block(
 @_local_block.register_fake
 def _(
     x: Tensor, tokens: Tensor | None, broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor,
-    weights: list[Tensor], gap: int, wide_dilation: int, longest: int, keep_hidden: bool, keep_results: bool,
+    span_protein: Tensor, first_span: Tensor, weights: list[Tensor], gap: int, wide_dilation: int, longest: int,
+    keep_hidden: bool, keep_results: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     shape, nothing = (segments.shape[0], x.shape[1]), (0, x.shape[1])
     hidden, results = (shape if keep_hidden else nothing), (shape if keep_results else nothing)
@@ -300,8 +303,8 @@ def _(
 @operator("local_block_backward")
 def _local_block_backward(
     d_local: Tensor, d_hidden: Tensor | None, x: Tensor, tokens: Tensor | None, narrow: Tensor, wide: Tensor,
-    broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor, weights: list[Tensor],
-    gap: int, wide_dilation: int, longest: int,
+    broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor, span_protein: Tensor, first_span: Tensor,
+    weights: list[Tensor], gap: int, wide_dilation: int, longest: int,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     from proteinbert_fast.ops.kernels import local_block_backward
 
@@ -309,8 +312,8 @@ def _local_block_backward(
     if not was_saved:
         _, _, narrow, wide = launch(x, tokens, broadcast, segments, weights, gap, wide_dilation, False, True, None)
     found = local_block_backward.launch(
-        d_local, d_hidden, x, tokens, narrow, wide, broadcast, segments, starts, lengths, longest,
-        LocalBlockWeights(*weights), gap, wide_dilation, overwrite=not was_saved,
+        d_local, d_hidden, x, tokens, narrow, wide, broadcast, segments, starts, lengths, (span_protein, first_span),
+        longest, LocalBlockWeights(*weights), gap, wide_dilation, overwrite=not was_saved,
     )  # fmt: skip
     return found.x, found.broadcast, found.weights
 
@@ -318,29 +321,33 @@ def _local_block_backward(
 @_local_block_backward.register_fake
 def _(
     d_local: Tensor, d_hidden: Tensor | None, x: Tensor, tokens: Tensor | None, narrow: Tensor, wide: Tensor,
-    broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor, weights: list[Tensor],
-    gap: int, wide_dilation: int, longest: int,
+    broadcast: Tensor, segments: Tensor, starts: Tensor, lengths: Tensor, span_protein: Tensor, first_span: Tensor,
+    weights: list[Tensor], gap: int, wide_dilation: int, longest: int,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     return x.new_empty(x.shape), broadcast.new_empty(broadcast.shape), [torch.empty_like(w) for w in weights]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, tokens, broadcast, segments, starts, lengths, weights, *sizes, _, _ = inputs
+    x, tokens, broadcast, segments, starts, lengths, span_protein, first_span, weights, *sizes, _, _ = inputs
     ctx.sizes = sizes
-    ctx.save_for_backward(x, tokens, broadcast, segments, starts, lengths, output[2], output[3], *weights)
+    places = segments, starts, lengths, span_protein, first_span
+    ctx.save_for_backward(x, tokens, broadcast, *places, output[2], output[3], *weights)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_hidden: Tensor | None, d_local: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    x, tokens, broadcast, segments, starts, lengths, narrow, wide, *weights = ctx.saved_tensors
+    x, tokens, broadcast, segments, starts, lengths, span_protein, first_span, narrow, wide, *weights = (
+        ctx.saved_tensors
+    )
     if d_hidden is not None and not len(d_hidden):
         d_hidden = None
     if d_local is None:
         d_local = x.new_zeros(segments.shape[0], x.shape[1])
     d_x, d_broadcast, d_weights = _local_block_backward(
-        d_local, d_hidden, x, tokens, narrow, wide, broadcast, segments, starts, lengths, weights, *ctx.sizes
-    )
-    return d_x, None, d_broadcast, None, None, None, d_weights, *([None] * 5)
+        d_local, d_hidden, x, tokens, narrow, wide, broadcast, segments, starts, lengths, span_protein, first_span,
+        weights, *ctx.sizes,
+    )  # fmt: skip
+    return d_x, None, d_broadcast, *([None] * 5), d_weights, *([None] * 5)
 
 
 _local_block.register_autograd(_backward, setup_context=_save)
@@ -462,7 +469,7 @@ def local_block(
     tokens, states = (x.tokens, x.weight) if isinstance(x, Embedded) else (None, x)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (states, broadcast, *weights))
     hidden, local, _, _ = _local_block(
-        states, tokens, broadcast, batch.segments, batch.starts, batch.lengths, list(weights), batch.gap, wide_dilation,
-        batch.longest, keep_hidden, wanted and save == "preactivations",
+        states, tokens, broadcast, batch.segments, batch.starts, batch.lengths, *batch.spans(SPAN), list(weights),
+        batch.gap, wide_dilation, batch.longest, keep_hidden, wanted and save == "preactivations",
     )  # fmt: skip
     return (hidden if keep_hidden else None), local

@@ -9,6 +9,7 @@ The first block's x are embedded tokens: its weights' gradients come from one-ho
 the gradient of x ends in the table of tokens.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -334,6 +335,7 @@ def launch(
     segments: Tensor,
     starts: Tensor,
     lengths: Tensor,
+    spans: tuple[Tensor, Tensor],
     longest: int,
     weights: LocalBlockWeights,
     gap: int,
@@ -354,6 +356,7 @@ def launch(
         segments: (R,) int32.
         starts: (B,) int64.
         lengths: (B,) int64.
+        spans: as ``PackedBatch.spans(SPAN)`` gives them.
         longest: rows of the longest protein, or more.
         weights: the block's parameters.
         gap: rows before the first protein.
@@ -378,7 +381,7 @@ def launch(
     table = x if tokens is None else torch.nn.functional.pad(x, (0, 0, 0, symbols - len(x)))
     d_sum, hidden, d_dense = (torch.empty_like(narrow) for _ in range(3))
     d_narrow, d_wide = (narrow, wide) if overwrite else (torch.empty_like(narrow), torch.empty_like(wide))
-    for rows in (d_sum, hidden, d_dense, d_narrow, d_wide):
+    for rows in (d_sum, d_narrow, d_wide):  # of the others, rows before the first protein are not read
         rows[:gap] = 0
     grid = (triton.cdiv(n_rows - gap, c.rows),)
     vectors = narrow.new_empty(*grid, _VECTORS, channels, dtype=torch.float32)
@@ -397,7 +400,7 @@ def launch(
 
     d_dense_weight = over_rows(d_dense, 1, 1, None, hidden)[0]
     del hidden, d_dense
-    d_broadcast = protein_sums(d_sum, starts, lengths, longest)
+    d_broadcast = protein_sums(d_sum, starts, lengths, longest, spans=spans)
     # (taps, out, in or token)
     d_taps = [over_rows(g, taps, d, tokens, x) for g, d in ((d_narrow, 1), (d_wide, wide_dilation))]
     if tokens is None:
@@ -415,8 +418,17 @@ def launch(
     found = (
         d_narrow_weight, narrow_bias, d_wide_weight, wide_bias, norm1, bias1, d_dense_weight, dense_bias, norm2, bias2,
     )  # fmt: skip
-    gradients = [torch.empty_like(t).copy_(g) for g, t in zip(found, w, strict=True)]
-    return Gradients(d_x, d_broadcast.to(broadcast.dtype), gradients)
+    return Gradients(d_x, d_broadcast.to(broadcast.dtype), copied(found, w))
+
+
+def copied(found: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients as their parameters are, in dtype and strides; small ones by one launch."""
+    out = [torch.empty_like(t) for t in like]
+    small = [i for i, t in enumerate(like) if t.dim() == 1]
+    torch._foreach_copy_([out[i] for i in small], [found[i] for i in small])
+    for i in set(range(len(out))) - set(small):
+        out[i].copy_(found[i])
+    return out
 
 
 def _convolution_gradient(

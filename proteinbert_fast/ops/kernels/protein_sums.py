@@ -39,7 +39,14 @@ def row_sums_kernel(
         tl.store(SUMS + span.to(tl.int64) * n_columns + columns, total, mask=columns < n_columns)
 
 
-def protein_sums(x: Tensor, starts: Tensor, lengths: Tensor, longest: int, ends: int = 0) -> Tensor:
+def protein_sums(
+    x: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    longest: int,
+    ends: int = 0,
+    spans: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Sums (B, C) float32 of rows (R, C) over each protein.
 
     Args:
@@ -48,10 +55,11 @@ def protein_sums(x: Tensor, starts: Tensor, lengths: Tensor, longest: int, ends:
         lengths: (B,) int64, rows of each protein.
         longest: rows of the longest protein, or more.
         ends: rows left out at both ends of each protein.
+        spans: as ``PackedBatch.spans(SPAN)`` gives them; made here when None.
     """
     x = x.contiguous()
     n_proteins, (n_rows, n_columns) = len(starts), x.shape
-    protein, first = cut_into_spans(lengths, SPAN, n_rows // SPAN + n_proteins)
+    protein, first = spans or cut_into_spans(lengths, SPAN, n_rows // SPAN + n_proteins)
     sums = x.new_empty(len(protein), n_columns, dtype=torch.float32)
     if n_proteins:
         row_sums_kernel[(len(protein), triton.cdiv(n_columns, _COLUMNS))](

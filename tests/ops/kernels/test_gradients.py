@@ -151,7 +151,7 @@ def test_what_is_kept_for_the_backward_pass(save, most, device):
 
 @pytest.mark.slow
 def test_long_proteins_are_added_up_in_rounds(monkeypatch, device):
-    for name in ("global_attention", "global_track", "protein_sums", "global_attention_backward"):
+    for name in ("global_attention", "global_track", "local_block", "protein_sums", "global_attention_backward"):
         __import__(f"proteinbert_fast.ops.kernels.{name}")
         monkeypatch.setattr(sys.modules[f"proteinbert_fast.ops.kernels.{name}"], "SPAN", 16)
     monkeypatch.setattr(sys.modules["proteinbert_fast.ops.kernels.global_attention"], "SPANS_AT_ONCE", 3)

@@ -12,6 +12,7 @@ from torch import Tensor
 from proteinbert_fast.errors import BackendError
 from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels import local_block_backward, local_block_backward_hopper
+from proteinbert_fast.ops.kernels.global_attention import SPAN
 from proteinbert_fast.ops.kernels.launching import capability_of
 from proteinbert_fast.ops.kernels.local_block import HopperConfiguration, launch
 from proteinbert_fast.ops.kernels.local_block_backward import Configuration, HopperWeights
@@ -145,7 +146,7 @@ def test_the_host_code_launches_what_is_chosen(by_rule, where, monkeypatch):
     def gradients(chosen: Configuration | None) -> local_block_backward.Gradients:
         return local_block_backward.launch(
             d_local, None, case.x, None, *made[2:], case.word, batch.segments, batch.starts, batch.lengths,
-            batch.longest, weights, batch.gap, 5, chosen=chosen,
+            batch.spans(SPAN), batch.longest, weights, batch.gap, 5, chosen=chosen,
         )  # fmt: skip
 
     shipped = local_block_backward.configuration(capability_of(case.x), 128, torch.bfloat16)
