@@ -322,8 +322,9 @@ def test_operators_are_described_rightly(device):
     track = [w.detach() for w in (key, value, *block)]
     message = [w.detach() for w in case.block.message_weights()]
     query, table, tokens, word = case.message.query, case.embedded.weight, case.embedded.tokens, case.word
-    places = (batch.segments, batch.starts, batch.lengths)
-    rows = (batch.starts, batch.lengths, batch.segments, *batch.spans(512))
+    spans, tiles = batch.spans(512), batch.spans(64)
+    places = (batch.segments, batch.starts, batch.lengths, *spans)
+    rows = (batch.starts, batch.lengths, batch.segments, *spans, *tiles)
     calls = [
         (operators.local_block, (case.x, None, word, *places, local_weights, 20, 5, 11, True, True)),
         (operators.local_block, (table, tokens, word, *places, local_weights, 20, 5, 11, False, False)),
@@ -349,7 +350,7 @@ def test_operators_are_described_rightly(device):
             arguments = (
                 hidden, out, next_query if following else None, next_word if following else None, d_mean, local, state,
                 asked, hidden, out, next_query, pooled, denominator, track + following, batch.starts, batch.lengths,
-                *batch.spans(512), 2, 11,
+                *spans, *tiles, 2, 11,
             )  # fmt: skip
             calls.append((operators.global_track_backward, arguments))
     for operator, arguments in calls:
