@@ -127,7 +127,7 @@ def candidates(job: Job, capability: int) -> list[tuple[Any, ...]]:
 
 
 def _candidates_of_backward(job: Job, capability: int) -> list[tuple[Any, ...]]:
-    """What leaves sums over rows in their order, in 16 bits; the others would give other bits."""
+    """What may leave every sum in its order, in 16 bits; candidates that give other bits after all are refused."""
     from proteinbert_fast.ops.kernels import tuning
     from proteinbert_fast.ops.kernels.launching import is_hopper
 
@@ -155,7 +155,8 @@ def _candidates_of_backward(job: Job, capability: int) -> list[tuple[Any, ...]]:
                for chunk in ((0, 64) if is_hopper(capability) else (64,)) for stages in (1, 2, 3)]  # fmt: skip
     of_weights = [shipped._replace(weight_stages=stages, registers=registers) for stages in (2, 3, 4)
                   for registers in bounds if fit(shipped.warps, registers)]  # fmt: skip
-    return list(dict.fromkeys(tuple(c) for c in (*of_rows, *of_weights)))
+    found = dict.fromkeys((*of_rows, *of_weights))
+    return [tuple(c) for c in found if module.fitted(c, capability, _OUTPUTS, job.channels, dtype.itemsize) == c]
 
 
 def _module(kernel: str) -> Any:

@@ -186,6 +186,7 @@ def _weight_gradient(
     What is summed is slope * FACTORS (B, H * SIZE) * ROW_FACTORS (H, rows) * LOCAL. Outputs are rows here, and the
     states' rows are columns, so that the sums of one product are an operand of the next as they lie in registers.
     """
+    tl.static_assert(TILE % M == 0)
     dtype = LOCAL.dtype.element_ty
     columns = tl.arange(0, D)
     output = first + tl.arange(0, OUTPUTS)
@@ -282,7 +283,7 @@ def configuration(capability: int, channels: int, dtype: torch.dtype, precision:
 
 
 def fitted(c: Configuration, capability: int, outputs: int, channels: int, itemsize: int) -> Configuration:
-    """The same, a few channels at a time where a head's weights do not fit into a program's shared memory.
+    """The same, with fewer stages or channels at a time where a head's weights do not fit into shared memory.
 
     Args:
         c: that all states of these channels get.
@@ -291,10 +292,12 @@ def fitted(c: Configuration, capability: int, outputs: int, channels: int, items
         channels: D.
         itemsize: bytes of a number.
     """
-    needed = (outputs * c.stages + c.rows) * channels * itemsize
-    if c.chunk or not capability or needed + _SCRATCH <= shared_memory(capability):
+    if c.chunk or not capability:
         return c
-    return c._replace(rows=64, chunk=64)
+    for stages in sorted({c.stages, min(c.stages, 2)}, reverse=True):
+        if (outputs * stages + c.rows) * channels * itemsize + _SCRATCH <= shared_memory(capability):
+            return c._replace(stages=stages)
+    return c._replace(rows=min(c.rows, 64), chunk=64, stages=min(c.stages, 2))
 
 
 class Gradients(NamedTuple):
@@ -347,7 +350,7 @@ def launch(
         key_weight: (H * K, D), head-major.
         value_weight: (H * V, D), head-major.
         n_heads: H.
-        chosen: how to cut the launches; the shipped configuration when None.
+        chosen: how to cut the launches; the tuned or the shipped configuration when None.
     """
     local, dtype = local.contiguous(), local.dtype
     n_proteins, (n_rows, channels) = len(starts), local.shape
@@ -378,8 +381,8 @@ def launch(
         local, query, *matrices, starts, lengths, protein, first, pooled, denominator, d_pooled,
         d_pooled if d_mean is None else d_mean.contiguous(), d_local, d_query, weight, d_logit, n_proteins, n_rows,
         **sizes, K_PADDED=padded(d_key), V_PADDED=padded(d_value), H_PADDED=padded(n_heads), SPAN=SPAN, M=c.rows,
-        VALUES=min(c.values, padded(d_value)), SCALE=1 / math.sqrt(d_key), CHUNK=c.chunk, STAGES=c.stages,
-        HAS_MEAN=d_mean is not None, num_stages=c.stages,
+        VALUES=min(c.values, padded(d_value)), SCALE=1 / math.sqrt(d_key), CHUNK=min(c.chunk, channels),
+        STAGES=c.stages, HAS_MEAN=d_mean is not None, num_stages=c.stages,
     )  # fmt: skip
     tile_protein, first_tile = tiles
     # As many heads' keys to a program as it takes, if they fill its tile without padding.
@@ -393,8 +396,8 @@ def launch(
         local, query, *matrices, starts, lengths, tile_protein, first_tile, d_pooled, weight, d_logit, parts,
         n_proteins, n_parts, n_rows,
         **sizes, HEADS=together, KEYS=keys, KEY_GROUPS=key_groups, VALUES=values, VALUE_GROUPS=value_groups,
-        TILE=TILE, M=c.weight_rows,
-        CHUNK=c.weight_chunk, STAGES=c.weight_stages, SETTLED=is_hopper(capability), num_stages=c.weight_stages,
+        TILE=TILE, M=c.weight_rows, CHUNK=min(c.weight_chunk, channels), STAGES=c.weight_stages,
+        SETTLED=is_hopper(capability), num_stages=c.weight_stages,
         maxnreg=c.registers,
     )  # fmt: skip
     sums, first = add_spans(SpanSums(d_query, first), lengths, n_rows, longest, most=1)

@@ -34,7 +34,7 @@ from proteinbert_fast.ops.precision import product_precision
 from proteinbert_fast.ops.reference import LocalBlockWeights
 
 _VECTORS = 7  # norm 1 weight and bias, norm 2 weight and bias, dense, narrow and wide bias
-_PROGRAMS = 264  # two on each multiprocessor of the largest chips: among so many are sums over rows split
+_PROGRAMS = 264  # two on each multiprocessor of an H100: among so many are sums over rows split
 
 
 class HopperWeights(NamedTuple):
@@ -362,7 +362,7 @@ def launch(
         gap: rows before the first protein.
         wide_dilation: rows between the taps of the wide convolution.
         overwrite: write over ``narrow`` and ``wide``, which are not needed any more.
-        chosen: how to cut the launches; the shipped configuration when None.
+        chosen: how to cut the launches; the tuned or the shipped configuration when None.
     """
     w, dtype = weights, narrow.dtype
     n_rows, channels = narrow.shape
@@ -424,7 +424,7 @@ def launch(
 def copied(found: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """Gradients as their parameters are, in dtype and strides; small ones by one launch."""
     out = [torch.empty_like(t) for t in like]
-    small = [i for i, t in enumerate(like) if t.dim() == 1]
+    small = [i for i, t in enumerate(like) if t.dim() == 1 and t.dtype == like[1].dtype]
     torch._foreach_copy_([out[i] for i in small], [found[i] for i in small])
     for i in set(range(len(out))) - set(small):
         out[i].copy_(found[i])

@@ -22,7 +22,7 @@ from proteinbert_fast.cache import cache_directory
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 Chosen = TypeVar("Chosen", bound=tuple[Any, ...])
 
 

@@ -115,6 +115,8 @@ for _capability in CAPABILITIES:
     BUDGETS["global_track_for_training", _capability, "bfloat16", 128] = Budget(local_loads=16)
     BUDGETS["global_track", _capability, "float32", 128] = Budget(local_loads=140, matrix=0)
     BUDGETS["local_block", _capability, "float32", 256] = Budget(local_loads=8, matrix=0)
+for _capability in (80, 90, 100):
+    BUDGETS["attention_rows_gradient", _capability, "bfloat16", 32] = Budget(local_loads=24)
 for _kernel in ("first_block", "first_block_for_training"):
     BUDGETS[_kernel, 120, "bfloat16", 128] = Budget(local_loads=48)
 for _kernel, _capability, _loads in (
@@ -171,6 +173,8 @@ def targets() -> list[Target]:
         found += [Target(name, capability, "bfloat16", 256) for name in WIDE]
         found += [Target(name, capability, "float16", 128) for name in ("local_block", "first_block")]
         found += [Target(name, capability, "tf32", 128) for name in ("local_block", "first_block", "global_attention")]
+    # The narrowest: of more channels at a time than there are, no kernel would know.
+    found += [Target("attention_rows_gradient", c, "bfloat16", 32) for c in (80, 90, 100)]
     # The widest that are taken, where a program has the least memory.
     found += [Target(name, 86, "bfloat16", 256) for name in WIDE]
     found += [Target(name, 86, "bfloat16", 256, 1024) for name in WIDEST]
@@ -237,6 +241,8 @@ def launches(target: Target) -> dict[str, Launch]:
         values = dict(zip(kernel.arg_names, arguments, strict=False))
         options = {name: named.pop(name) for name in list(named) if name not in kernel.arg_names}
         values |= named
+        if values.get("D") == target.d_local and "G" not in values and values.get("CHUNK", 0) > target.d_local:
+            raise ValueError(f"{kernel.fn.__name__}: {target.d_local} channels, {values['CHUNK']} at a time")
         constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
         signature = {n: "constexpr" if n in constants else _type(v) for n, v in values.items()}
         name = kernel.fn.__name__.removesuffix("_kernel")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from proteinbert_fast import ProteinBertConfig, self_check
-from proteinbert_fast.ops.kernels import global_attention, launching, local_block_backward
+from proteinbert_fast.ops.kernels import global_attention, global_attention_backward, launching, local_block_backward
 from proteinbert_fast.ops.kernels.global_track import PROTEINS
 from proteinbert_fast.ops.kernels.global_track import configuration as of_global_track
 from proteinbert_fast.ops.kernels.launching import has_matrix_units, padded
@@ -120,6 +120,24 @@ def test_weights_of_a_head_are_taken_in_parts_where_they_do_not_fit(outputs, cha
             assert found.chunk == 32
         elif outputs == 192 and channels == 128:
             assert found == c, "as the published sizes"
+
+
+@pytest.mark.parametrize(("outputs", "channels"), [(192, 128), (320, 128), (384, 128), (192, 256), (384, 256)])
+def test_gradients_of_wide_heads_fit_too(outputs, channels):
+    of = global_attention_backward
+    for capability in (80, 86, 90, 100, 120):
+        shipped = of.configuration(capability, channels, torch.bfloat16)
+        for c in (shipped, shipped._replace(chunk=0, stages=3)):
+            found = of.fitted(c, capability, outputs, channels, 2)
+            whole = (outputs * found.stages + found.rows) * channels * 2
+            assert found.chunk or whole < launching.shared_memory(capability)
+            assert found.rows <= c.rows
+        assert of.fitted(shipped, capability, 192, channels, 2) == shipped, "as the published sizes"
+    # What is tuned for the published sizes keeps the rows, and with them the bits, wherever the shipped one does.
+    shipped = of.configuration(90, 128, torch.bfloat16)
+    tuned = of.fitted(shipped._replace(stages=3), 90, 320, 128, 2)
+    assert tuned == of.fitted(shipped, 90, 320, 128, 2) == shipped
+    assert of.fitted(shipped, 90, 512, 128, 2).chunk == 64
 
 
 def test_gaming_blackwell_has_the_tiles_of_ampere():

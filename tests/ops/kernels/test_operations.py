@@ -332,6 +332,8 @@ def test_operators_are_described_rightly(device):
         (operators.residue_mean, (case.x, batch.segments, batch.starts, batch.lengths, batch.longest)),
         (operators.global_track, (case.x, case.state, query, track, *rows, 2, 11, False, True)),
         (operators.global_track, (case.x, case.state, query, track + message, *rows, 2, 11, True, False)),
+        # Without gradients, no table of tiles is made.
+        (operators.global_track, (case.x, case.state, query, track, *rows[:5], *spans, 2, 11, False, False)),
     ]
     for saved in (torch.randn_like(case.x), case.x.new_empty(0, 32)):
         arguments = (case.x, None, case.x, None, saved, saved.clone(), word, *places, local_weights, 20, 5, 11)

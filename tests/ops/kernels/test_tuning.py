@@ -88,7 +88,7 @@ def test_without_a_gpu_no_table_is_read(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format": 2}, "is no tuned table of format 1"),
+        ({"format": 1}, "is no tuned table of format 2"),
         ({"device": "NVIDIA A100"}, "is for device 'NVIDIA A100', this is 'NVIDIA H100 80GB HBM3'"),
         ({"triton": "3.9.0"}, "is for triton '3.9.0', this is '3.6.0'"),
         ({"configurations": [1]}, "holds something else than configurations"),
