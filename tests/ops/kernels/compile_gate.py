@@ -115,7 +115,7 @@ for _capability in CAPABILITIES:
     BUDGETS["global_track_for_training", _capability, "bfloat16", 128] = Budget(local_loads=16)
     BUDGETS["global_track", _capability, "float32", 128] = Budget(local_loads=140, matrix=0)
     BUDGETS["local_block", _capability, "float32", 256] = Budget(local_loads=8, matrix=0)
-for _capability in (80, 90, 100):
+for _capability in (80, 100):
     BUDGETS["attention_rows_gradient", _capability, "bfloat16", 32] = Budget(local_loads=24)
 for _kernel in ("first_block", "first_block_for_training"):
     BUDGETS[_kernel, 120, "bfloat16", 128] = Budget(local_loads=48)
@@ -174,11 +174,11 @@ def targets() -> list[Target]:
         found += [Target(name, capability, "float16", 128) for name in ("local_block", "first_block")]
         found += [Target(name, capability, "tf32", 128) for name in ("local_block", "first_block", "global_attention")]
     # The narrowest: of more channels at a time than there are, no kernel would know.
-    found += [Target("attention_rows_gradient", c, "bfloat16", 32) for c in (80, 90, 100)]
+    found += [Target("attention_rows_gradient", c, "bfloat16", 32) for c in (80, 100)]
     # The widest that are taken, where a program has the least memory.
     found += [Target(name, 86, "bfloat16", 256) for name in WIDE]
     found += [Target(name, 86, "bfloat16", 256, 1024) for name in WIDEST]
-    found += [Target(name, 90, "bfloat16", d, 1024) for name in WIDEST if "track" not in name for d in (128, 256)]
+    found += [Target(name, 90, "bfloat16", 128, 1024) for name in WIDEST if "track" not in name]
     found += [Target(name, 80, "tf32", 128) for name in BACKWARD if "training" not in name]
     found += [Target(name, 90, "bfloat16", 128) for name in SUMS]
     found += [Target(name, 80, "float32", 128) for name in (*FORWARD, *BACKWARD, *LOSSES)]

@@ -145,8 +145,8 @@ def test_every_kernel_is_checked_timed_and_predicted(report: GpuReport):
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS, ids=lambda g: g.name)
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_gradients_are_compared_with_the_reference(gradient, precision):
+def test_gradients_are_compared_with_the_reference(gradient):
+    precision = "float32"
     device = torch.device("cpu" if IS_INTERPRETED else "cuda")
     inputs = Inputs(TINY.config, (13, 0, 40), PRECISIONS[precision], device, torch.device("cpu"))
     right = gradient.defined(inputs, gradient.exact(inputs.exact()))
