@@ -212,7 +212,7 @@ class ProteinBert(nn.Module):
         self.checkpoint_sha256: str | None = None
         self.go_terms: tuple[GoTerm, ...] | None = None
         self.is_pretrained = False
-        self._complaint: str | None = None  # of the self-check of the last call
+        self._failure: str | None = None  # by the self-check of the last call
         self.annotation_input = AnnotationInput(self.config)
         self.token_embedding = nn.Embedding(VOCABULARY_SIZE, self.config.d_local)
         self.blocks = nn.ModuleList(Block(self.config, save) for _ in range(self.config.n_blocks))
@@ -290,15 +290,15 @@ class ProteinBert(nn.Module):
         return f"{choice.operations.name} ({choice.reason})"
 
     def _choose(self) -> Choice:
-        device, dtype = self.token_embedding.weight.device, self.compute_dtype()
-        choice = backends.choose(self.backend, device, self.config, dtype)
+        weight, dtype = self.token_embedding.weight, self.compute_dtype()
+        choice = backends.choose(self.backend, weight.device, self.config, dtype)
         if self.backend == "auto" and choice.operations.name == "triton":
             if not torch.compiler.is_compiling():  # then what the last call found holds
                 from proteinbert_fast import self_check
 
-                self._complaint = self_check.complaint(device, self.config, dtype)
-            if self._complaint is not None:
-                return Choice(backends.REFERENCE, f"the Triton kernels fail their self-check: {self._complaint}")
+                self._failure = self_check.failure_reason(weight.device, self.config, dtype, weight.dtype)
+            if self._failure is not None:
+                return Choice(backends.REFERENCE, f"the Triton kernels fail their self-check: {self._failure}")
         return choice
 
     def compute_dtype(self) -> torch.dtype:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from proteinbert_fast.packing import PackedBatch
 
 # Small in everything but the sizes that decide which back end runs.
-CHECK_SIZES = {"n_annotations": 64, "n_blocks": 2}
+CHECK_SIZES = {"n_annotations": 65, "n_blocks": 2}
 # Odd lengths, and one residue.
 CHECK_LENGTHS = (1, 7, 131, 700, 40)
 TOLERANCES = {"float32": 2e-4, "bfloat16": 0.15}
@@ -108,6 +108,32 @@ def _backends() -> Iterator[tuple[str, str]]:
 
         yield "kernel tuning", tuning.report()
     yield from _local_block_kernels()
+    yield from _self_checks()
+
+
+def _self_checks() -> Iterator[tuple[str, str]]:
+    """What the self-checks above found, and what turns kernels off."""
+    import torch
+
+    from proteinbert_fast.ops.switches import HOPPER_SWITCH, KERNELS_SWITCH
+
+    for name in (KERNELS_SWITCH, HOPPER_SWITCH):
+        if value := os.environ.get(name):
+            yield "environment", f"{name}={value}"
+    if not torch.cuda.is_available():
+        return
+    from proteinbert_fast import self_check
+    from proteinbert_fast.self_check import verdicts
+
+    for dtype in (torch.float32, torch.bfloat16):
+        kind = self_check.kind_of(torch.device("cuda", 0), _model("cpu").config, dtype, torch.float32)
+        verdict = verdicts.read(kind)
+        if verdict is not None:
+            found = verdict.failure or "passed"
+            if verdict.hopper_failure:
+                found += f"; the kernels for Hopper failed: {verdict.hopper_failure}"
+            name = str(dtype).removeprefix("torch.")
+            yield "self-check, cuda:0", f"{name}: {found} ({verdict.date}, {verdict.path})"
 
 
 def _local_block_kernels() -> Iterator[tuple[str, str]]:

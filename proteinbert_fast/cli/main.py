@@ -35,6 +35,10 @@ COMMANDS = {
     "plot-pretraining": ("proteinbert_fast.cli.plot_pretraining", "draw the losses of a pretraining run"),
     "convert": ("proteinbert_fast.cli.convert", "convert checkpoints from and to the original's pickle"),
     "doctor": ("proteinbert_fast.cli.doctor", "show versions, devices and back ends, and run a self-check"),
+    "compile-kernels": (
+        "proteinbert_fast.cli.compile_kernels",
+        "compile the GPU kernels ahead, on a machine with or without a GPU",
+    ),
     "bench": ("proteinbert_fast.cli.bench", "measure speed and memory on this machine"),
 }
 

@@ -24,6 +24,7 @@ from proteinbert_fast.ops.reference import (
     Message,
     MessageWeights,
 )
+from proteinbert_fast.ops.switches import KERNELS_ENABLED, KERNELS_SWITCH
 from proteinbert_fast.packing import PackedBatch
 
 Backend = Literal["auto", "triton", "cpu", "reference"]
@@ -194,6 +195,8 @@ class Choice(NamedTuple):
 
 def _no_triton(device: torch.device, config: ProteinBertConfig, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run this, or None when they can."""
+    if not KERNELS_ENABLED:
+        return f"{KERNELS_SWITCH}=0 in the environment"
     if not torch.compiler.is_compiling() and importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'proteinbert-fast[kernels]'"
     from proteinbert_fast.ops import kernels

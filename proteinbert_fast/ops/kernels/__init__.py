@@ -4,7 +4,7 @@ import torch
 
 from proteinbert_fast.config import ProteinBertConfig
 from proteinbert_fast.ops.kernels.global_track import global_track
-from proteinbert_fast.ops.kernels.launching import DTYPES, OLDEST, capability, is_interpreted
+from proteinbert_fast.ops.kernels.launching import DTYPES, OLDEST, capability, is_compiling_ahead, is_interpreted
 from proteinbert_fast.ops.kernels.linear import head, message, sum_annotations
 from proteinbert_fast.ops.kernels.local_block import CHANNELS, local_block
 from proteinbert_fast.ops.kernels.losses import annotation_loss, token_loss
@@ -25,7 +25,7 @@ __all__ = [
 
 def unsupported(device: torch.device, config: ProteinBertConfig, dtype: torch.dtype) -> str | None:
     """Why these kernels cannot run a model of these sizes in this dtype on this device, or None when they can."""
-    if device.type != "cuda" and not is_interpreted():
+    if device.type != "cuda" and not is_interpreted() and not is_compiling_ahead():
         return f"the device is {device.type}, not a CUDA GPU"
     if torch.version.hip:
         return "this is PyTorch for AMD GPUs, for which the kernels are not made"

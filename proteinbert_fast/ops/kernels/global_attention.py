@@ -16,7 +16,7 @@ from torch import Tensor
 from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import LOG2_E, gelu, tanh
 from proteinbert_fast.ops.kernels.launching import (
-    SIZES_OF_BATCHES,
+    ANY_BATCH,
     capability_of,
     has_large_tiles,
     has_matrix_units,
@@ -77,7 +77,7 @@ def _head_matrix(W, head, SIZE: tl.constexpr, PADDED: tl.constexpr, D: tl.conste
     return tl.load(W + at, mask=(outputs < SIZE)[:, None], other=0.0)
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def span_sums_kernel(
     LOCAL, QUERY, KEY, VALUE, STARTS, LENGTHS, SPAN_PROTEIN, FIRST_SPAN, SUMS, n_proteins,
     D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_PADDED: tl.constexpr, V_PADDED: tl.constexpr,
@@ -139,7 +139,7 @@ def span_sums_kernel(
                 tl.store(out + H * V + H + columns, total)
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def add_spans_kernel(
     SUMS, FIRST_SPAN, COARSE_PROTEIN, FIRST_COARSE, COARSE_SUMS, n_proteins,
     WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, AT_ONCE: tl.constexpr,
@@ -159,7 +159,7 @@ def add_spans_kernel(
         tl.store(COARSE_SUMS + coarse * WIDTH + columns, total, mask=columns < WIDTH)
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def weights_kernel(
     LOCAL, QUERY, KEY, DENOMINATOR, SEGMENTS, WEIGHTS, n_rows,
     D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,

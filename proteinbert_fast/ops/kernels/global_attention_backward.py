@@ -21,7 +21,7 @@ from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import LOG2_E, gelu_and_slope, settled, tanh
 from proteinbert_fast.ops.kernels.global_attention import SPAN, TILE, SpanSums, add_spans, projected
 from proteinbert_fast.ops.kernels.launching import (
-    SIZES_OF_BATCHES,
+    ANY_BATCH,
     capability_of,
     has_large_tiles,
     has_matrix_units,
@@ -72,7 +72,7 @@ def _weights_of(W, first, n, n_outputs: tl.constexpr, D: tl.constexpr):
     return tl.load(W + at, mask=(outputs < n)[:, None], other=0.0)
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def attention_rows_gradient_kernel(
     LOCAL, QUERY, KEY, VALUE, STARTS, LENGTHS, SPAN_PROTEIN, FIRST_SPAN, POOLED, DENOMINATOR, D_POOLED, D_MEAN,
     D_LOCAL, D_QUERY, WEIGHT, D_LOGIT, n_proteins, n_rows,
@@ -228,7 +228,7 @@ def _weight_gradient(
     tl.store(OUT + output_at[:, None] * D + columns[None, :], total, mask=is_output[:, None])
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def attention_weights_gradient_kernel(
     LOCAL, QUERY, KEY, VALUE, STARTS, LENGTHS, TILE_PROTEIN, FIRST_TILE, D_POOLED, WEIGHT, D_LOGIT, PARTS, n_proteins,
     n_parts, n_rows,

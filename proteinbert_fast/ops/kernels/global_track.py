@@ -16,7 +16,7 @@ from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels.activations import gelu, layer_norm, tanh
 from proteinbert_fast.ops.kernels.global_attention import SPAN, TILE, SpanSums, attention_weights, span_sums
 from proteinbert_fast.ops.kernels.launching import (
-    SIZES_OF_BATCHES,
+    ANY_BATCH,
     capability_of,
     has_matrix_units,
     padded,
@@ -81,7 +81,7 @@ def _added(SUMS, first, n_spans, most, columns, inside, WIDTH: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def global_track_kernel(
     STATE, SUMS, FIRST_SPAN, LENGTHS, DENSE1, DENSE1_BIAS, NORM1, NORM1_BIAS, DENSE2, DENSE2_BIAS, NORM2, NORM2_BIAS,
     QUERY_WEIGHT, WORD_WEIGHT, WORD_BIAS, HIDDEN, OUT, DENOMINATOR, POOLED, QUERY, WORD, MEAN, n_proteins,

@@ -14,7 +14,7 @@ from torch import Tensor
 from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.ops.kernels.activations import gelu_and_slope
 from proteinbert_fast.ops.kernels.global_track import PROTEINS, dense, vector
-from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES, capability_of, has_matrix_units, padded
+from proteinbert_fast.ops.kernels.launching import ANY_BATCH, capability_of, has_matrix_units, padded
 from proteinbert_fast.ops.precision import product_precision
 from proteinbert_fast.ops.reference import GlobalBlockWeights, MessageWeights
 
@@ -53,7 +53,7 @@ def _times(
     return total
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def global_track_gradient_kernel(
     STATE, POOLED, HIDDEN, OUT, QUERY, DENSE1, DENSE1_BIAS, NORM1, DENSE2, DENSE2_BIAS, NORM2, QUERY_WEIGHT,
     WORD_WEIGHT, WORD_BIAS, D_HIDDEN, D_OUT, D_QUERY, D_WORD, D_QUERY_RESULT, D_WORD_RESULT, D_RESULT1, D_RESULT2,

@@ -1,7 +1,10 @@
 """What every launch needs: where kernels can run, products' precision, sizes."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +14,17 @@ OLDEST = 75  # compute capability 7.5, Turing
 # Arguments of kernels that change from batch to batch. Triton would compile one kernel for 1, another for multiples of
 # 16, and a third for the rest, whenever a batch is the first of its kind.
 SIZES_OF_BATCHES = ("n_rows", "n_proteins", "n_spans", "spans_each", "rows_each", "n_tiles", "n_parts", "n_slopes")
+# Pointers to what describes a batch: parts of a larger array, where one batch's may begin at a multiple of 16 bytes and
+# another's not. For these too, one kernel is enough.
+LAYOUTS_OF_BATCHES = (
+    "TOKENS", "SEGMENTS", "STARTS", "LENGTHS", "SPAN_PROTEIN", "FIRST_SPAN", "COARSE_PROTEIN", "FIRST_COARSE",
+    "TILE_PROTEIN", "FIRST_TILE", "TARGETS",
+)  # fmt: skip
+# For the decorator of every kernel.
+ANY_BATCH: dict[str, Any] = {
+    "do_not_specialize": SIZES_OF_BATCHES,
+    "do_not_specialize_on_alignment": LAYOUTS_OF_BATCHES,
+}
 
 
 def is_interpreted() -> bool:
@@ -40,9 +54,35 @@ def shared_memory(capability: int) -> int:
     return {75: 64, 80: 163, 87: 163}.get(capability, 99) << 10
 
 
-@lru_cache
+_compiled_for: list[int] = []
+
+
+@contextmanager
+def compiling_for(wanted: int) -> Iterator[None]:
+    """Kernels are told that tensors of any device lie on a GPU of this capability, for what compiles without running.
+
+    Args:
+        wanted: 90 for 9.0.
+    """
+    _compiled_for.append(wanted)
+    try:
+        yield
+    finally:
+        _compiled_for.pop()
+
+
+def is_compiling_ahead() -> bool:
+    """Whether kernels are compiled for a GPU that need not be here, and nothing is run."""
+    return bool(_compiled_for)
+
+
 def capability(index: int) -> int:
     """Of a CUDA device: 80 for 8.0; 0 in the interpreter."""
+    return _compiled_for[-1] if _compiled_for else _capability(index)
+
+
+@lru_cache
+def _capability(index: int) -> int:
     if is_interpreted():
         return 0
     major, minor = torch.cuda.get_device_capability(index)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.kernels.activations import LOG2_E, activate
-from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES, capability_of, has_matrix_units
+from proteinbert_fast.ops.kernels.launching import ANY_BATCH, capability_of, has_matrix_units
 from proteinbert_fast.ops.operators import operator
 from proteinbert_fast.ops.precision import product_precision
 from proteinbert_fast.ops.reference import Message, MessageWeights
@@ -22,7 +22,7 @@ _INPUTS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 _ACTIVATIONS = ("none", "gelu", "tanh", "sigmoid", "softmax")
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def linear_kernel(
     X, W, BIAS, OUT, n_rows, n_inputs, n_columns,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,

@@ -17,7 +17,7 @@ from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import gelu, kept_16_bit, layer_norm, settled
 from proteinbert_fast.ops.kernels.global_attention import SPAN
 from proteinbert_fast.ops.kernels.launching import (
-    SIZES_OF_BATCHES,
+    ANY_BATCH,
     capability_of,
     has_large_tiles,
     has_matrix_units,
@@ -28,6 +28,7 @@ from proteinbert_fast.ops.kernels.launching import (
 from proteinbert_fast.ops.operators import operator
 from proteinbert_fast.ops.precision import product_precision
 from proteinbert_fast.ops.reference import Embedded, LocalBlockWeights
+from proteinbert_fast.ops.switches import HOPPER_ENABLED, HOPPER_SWITCH
 from proteinbert_fast.packing import PackedBatch
 
 CHANNELS = (32, 64, 128, 256)
@@ -119,7 +120,7 @@ def _look_up(
     return total
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def local_block_kernel(
     X_TILES, W_TILES, LOCAL_TILES, X, TOKENS, BROADCAST, SEGMENTS, NARROW_BIAS, WIDE_BIAS, NORM1_WEIGHT, NORM1_BIAS,
     DENSE, DENSE_BIAS, NORM2_WEIGHT, NORM2_BIAS, HIDDEN, LOCAL, NARROW, WIDE, first, n_rows,
@@ -259,12 +260,14 @@ def portable_because(
         wide_dilation: rows between the taps of the wide one.
         gap: zero rows before the first protein.
     """
-    if _distrusted:
-        return _distrusted[0]
     if capability == 0:
         return "Triton's interpreter does not know Gluon"
     if capability != 90:
         return f"the compute capability is {capability / 10}, not 9.0"
+    if not HOPPER_ENABLED:
+        return f"{HOPPER_SWITCH}=0 in the environment"
+    if _distrusted:
+        return _distrusted[0]
     try:
         from proteinbert_fast.ops.kernels import local_block_hopper
     except ImportError as error:

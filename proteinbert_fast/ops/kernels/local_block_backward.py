@@ -21,7 +21,7 @@ from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import gelu, gelu_and_slope, settled
 from proteinbert_fast.ops.kernels.launching import (
-    SIZES_OF_BATCHES,
+    ANY_BATCH,
     capability_of,
     has_large_tiles,
     has_matrix_units,
@@ -99,7 +99,7 @@ def _rows_of(X, at, in_batch):
     return tl.load(X + at, mask=in_batch[:, None], other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def pointwise_kernel(
     X, TOKENS, NARROW, WIDE, BROADCAST, SEGMENTS, NORM1_WEIGHT, NORM1_BIAS, DENSE, DENSE_BIAS, NORM2_WEIGHT,
     D_LOCAL, D_HIDDEN, D_SUM, D_NARROW, D_WIDE, HIDDEN, D_DENSE, VECTORS, first, n_rows,
@@ -185,7 +185,7 @@ def pointwise_kernel(
     tl.store(D_WIDE + at, d_wide.to(dtype), mask=in_batch[:, None])
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def convolution_gradient_kernel(
     NARROW_TILES, WIDE_TILES, W_TILES, D_SUM, D_X, first, n_rows,
     D: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
@@ -211,7 +211,7 @@ def convolution_gradient_kernel(
     tl.store(D_X + at, total.to(D_X.dtype.element_ty), mask=in_batch)
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def weight_gradient_kernel(
     GRADIENT, X, PARTS, first, n_rows, rows_each,
     D: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, AT_ONCE: tl.constexpr,
@@ -272,7 +272,7 @@ def _shifted(X, rows, n_rows, first_column, columns, D: tl.constexpr, EMBEDDED: 
         return tl.load(X + rows[:, None] * D + (first_column + columns)[None, :], mask=there[:, None], other=0.0)
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def add_parts_kernel(PARTS, OUT, n_parts, n, N: tl.constexpr):
     """OUT (n,) = the sum of PARTS (parts, n), in order."""
     at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)

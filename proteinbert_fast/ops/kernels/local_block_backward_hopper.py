@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from proteinbert_fast.errors import BackendError
 from proteinbert_fast.ops.kernels import tuning
-from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES
+from proteinbert_fast.ops.kernels.launching import ANY_BATCH
 from proteinbert_fast.ops.kernels.local_block import HopperConfiguration
 from proteinbert_fast.ops.kernels.local_block_backward import HopperWeights
 from proteinbert_fast.ops.kernels.local_block_hopper import (
@@ -37,7 +37,7 @@ TAPS_AT_ONCE = 3  # whose sums fit into the registers of one program
 WEIGHTS_HALO = 16
 
 
-@gluon.jit(do_not_specialize=SIZES_OF_BATCHES)
+@gluon.jit(**ANY_BATCH)
 def convolution_gradient_hopper_kernel(
     D_NARROW, D_WIDE, W_TILES, D_SUM, D_X, first, n_rows,
     D: gl.constexpr, TAPS: gl.constexpr, DILATION: gl.constexpr, M: gl.constexpr, CHUNK: gl.constexpr,
@@ -109,7 +109,7 @@ def _copy_rows(
     async_copy.commit_group()
 
 
-@gluon.jit(do_not_specialize=SIZES_OF_BATCHES)
+@gluon.jit(**ANY_BATCH)
 def weight_gradient_hopper_kernel(
     GRADIENT, X, PARTS, first, n_rows, rows_each,
     D: gl.constexpr, TAPS: gl.constexpr, DILATION: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr,

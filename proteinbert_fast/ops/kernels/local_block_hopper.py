@@ -23,7 +23,7 @@ from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.errors import BackendError
 from proteinbert_fast.ops.kernels import tuning
 from proteinbert_fast.ops.kernels.activations import gelu, kept_16_bit
-from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES
+from proteinbert_fast.ops.kernels.launching import ANY_BATCH
 from proteinbert_fast.ops.kernels.local_block import HopperConfiguration
 from proteinbert_fast.ops.reference import LocalBlockWeights
 
@@ -193,7 +193,7 @@ def _layer_norm(x, weight, bias, D: gl.constexpr, EPSILON: gl.constexpr):
     return centred * scale[:, None] * weight + bias
 
 
-@gluon.jit(do_not_specialize=SIZES_OF_BATCHES)
+@gluon.jit(**ANY_BATCH)
 def local_block_hopper_kernel(
     X, W_TILES, BROADCAST, SEGMENTS, NARROW_BIAS, WIDE_BIAS, NORM1_WEIGHT, NORM1_BIAS, DENSE_BIAS, NORM2_WEIGHT,
     NORM2_BIAS, HIDDEN, LOCAL, NARROW, WIDE, first, n_rows,

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from proteinbert_fast.ops.kernels.activations import LOG2_E
-from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES, capability_of, has_matrix_units, padded
+from proteinbert_fast.ops.kernels.launching import ANY_BATCH, capability_of, has_matrix_units, padded
 from proteinbert_fast.ops.losses import compute_dtype, define_annotation_loss, define_token_loss
 from proteinbert_fast.ops.precision import product_precision
 
@@ -37,7 +37,7 @@ def _logits(
     return total
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def token_loss_kernel(
     X, W, BIAS, TARGETS, WEIGHTS, LOGS, LOSSES, n_rows, n_classes,
     K: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
@@ -63,7 +63,7 @@ def token_loss_kernel(
     tl.store(LOSSES + rows, loss, mask=inside)
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def token_loss_backward_kernel(
     X, W, BIAS, TARGETS, WEIGHTS, LOGS, GRADIENT, DX, DW, DB, n_rows, n_classes, n_tiles,
     K: tl.constexpr, M: tl.constexpr, C: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
@@ -123,7 +123,7 @@ def _softplus(x):
     return tl.where(x > 0, x, x * 0.0) + 2.0 * s * p
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def annotation_loss_kernel(
     X, W, BIAS, TARGETS, WEIGHTS, TERM_WEIGHTS, SUMS, n_rows, n_columns,
     HAS_TERM_WEIGHTS: tl.constexpr, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
@@ -143,7 +143,7 @@ def annotation_loss_kernel(
     tl.store(SUMS + tl.program_id(1).to(tl.int64) * n_rows + rows, tl.sum(loss, axis=1), mask=rows < n_rows)
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def annotation_slope_kernel(
     X, W, BIAS, TARGETS, WEIGHTS, TERM_WEIGHTS, SLOPES, DB, n_rows, n_columns, first, n_slopes, stride,
     HAS_TERM_WEIGHTS: tl.constexpr, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,

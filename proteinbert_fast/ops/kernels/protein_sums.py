@@ -8,14 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from proteinbert_fast.ops.kernels.global_attention import SPAN, SpanSums, add_spans
-from proteinbert_fast.ops.kernels.launching import SIZES_OF_BATCHES
+from proteinbert_fast.ops.kernels.launching import ANY_BATCH
 from proteinbert_fast.ops.operators import operator
 from proteinbert_fast.packing import PackedBatch, cut_into_spans
 
 _ROWS, _COLUMNS = 32, 128
 
 
-@triton.jit(do_not_specialize=SIZES_OF_BATCHES)
+@triton.jit(**ANY_BATCH)
 def row_sums_kernel(
     X, STARTS, LENGTHS, SPAN_PROTEIN, FIRST_SPAN, SUMS, n_proteins, n_columns,
     SPAN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ENDS: tl.constexpr,

@@ -319,7 +319,11 @@ def compile_here(target: Target) -> dict[str, Any]:
     kernel, signature, constants, options = launches(target)[target.kernel]
     if target.is_hopper:
         from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
+    aligned = {
+        (p.num,): [["tt.divisibility", 16]]
+        for p in kernel.params
+        if signature[p.name].startswith("*") and not p.do_not_specialize_on_alignment
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", target.capability, 32), options=options)
     found = counts(compiled.asm["cubin"])

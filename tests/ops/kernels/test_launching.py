@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-from proteinbert_fast import ProteinBertConfig, self_check
 from proteinbert_fast.ops.kernels import global_attention, global_attention_backward, launching, local_block_backward
 from proteinbert_fast.ops.kernels.global_track import PROTEINS
 from proteinbert_fast.ops.kernels.global_track import configuration as of_global_track
@@ -40,6 +39,7 @@ SPECIALISED = """
 import importlib, pkgutil
 from triton.runtime import JITFunction
 from proteinbert_fast.ops import kernels
+from proteinbert_fast.ops.kernels import launching
 found = {}
 for info in pkgutil.iter_modules(kernels.__path__):
     module = importlib.import_module(f"{kernels.__name__}.{info.name}")
@@ -48,6 +48,8 @@ for info in pkgutil.iter_modules(kernels.__path__):
             sizes = [p for p in function.params if not p.is_constexpr and p.name.islower()]
             found[name] = {p.name for p in sizes if not p.do_not_specialize}
             assert any(p.do_not_specialize for p in sizes), name
+            layouts = [p for p in function.params if p.name in launching.LAYOUTS_OF_BATCHES]
+            assert all(p.do_not_specialize_on_alignment for p in layouts), name
 assert len(found) > 15, sorted(found)
 print(sorted(set().union(*found.values())))
 """
@@ -71,29 +73,6 @@ def test_matrix_units_take_no_exact_float32():
 def test_padded_is_the_next_power_of_two():
     assert [padded(n) for n in (1, 16, 17, 64, 65)] == [16, 16, 32, 64, 128]
     assert padded(27, 32) == 32
-
-
-@pytest.mark.parametrize("portable_is_right", [True, False])
-def test_a_wrong_kernel_for_hopper_gives_way_to_the_portable_one(monkeypatch, portable_is_right):
-    """The self-check's way back, on a device that is not there."""
-    module = sys.modules["proteinbert_fast.ops.kernels.local_block"]
-    monkeypatch.setattr(module, "_distrusted", [])
-    monkeypatch.setattr(launching, "capability", lambda index: 90)
-    kind = self_check.Kind(torch.device("cuda", 0), ProteinBertConfig(), torch.bfloat16, True, False)
-    if module.portable_because(90, 128, torch.bfloat16) is not None:
-        pytest.skip("this version of Triton has no kernel for Hopper")
-
-    def difference(*_):
-        trusted = not module._distrusted
-        return 2.0 if trusted or not portable_is_right else 0.0
-
-    monkeypatch.setattr(self_check, "difference", difference)
-    with pytest.warns(
-        RuntimeWarning, match="local block for Hopper fails its self-check on cuda:0: results are off by 2"
-    ):
-        found = self_check._check(kind)
-    assert (found is None) == portable_is_right
-    assert module.portable_because(90, 128, torch.bfloat16).startswith("it failed a self-check: results are off")
 
 
 @pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120, 121])
