@@ -196,6 +196,7 @@ std::int64_t rows_per_unit(std::int64_t rows, int threads) {
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define PBF_DISPATCH 1
+#define PBF_BYTES 64
 #define PBF_ROWS 12
 #define PBF_VECTORS 2
 #define PBF_BF16_DOT 1
@@ -212,21 +213,25 @@ namespace avx512 {
 #include "cpu_kernels_body.h"
 }
 #pragma GCC pop_options
+#undef PBF_BYTES
 #undef PBF_ROWS
 #undef PBF_VECTORS
+#define PBF_BYTES 32
 #define PBF_ROWS 6
-#define PBF_VECTORS 1
+#define PBF_VECTORS 2
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
 #include "cpu_kernels_body.h"
 }
 #pragma GCC pop_options
+#undef PBF_BYTES
 #undef PBF_ROWS
 #undef PBF_VECTORS
 #endif
-#define PBF_ROWS 3
-#define PBF_VECTORS 1
+#define PBF_BYTES 16
+#define PBF_ROWS 6
+#define PBF_VECTORS 2
 namespace baseline {
 #include "cpu_kernels_body.h"
 }

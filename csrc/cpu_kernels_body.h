@@ -7,18 +7,19 @@
 // The includer defines PBF_ROWS and PBF_VECTORS, the accumulators of a register tile (rows x 16 columns), and
 // PBF_BF16_DOT where the processor multiplies pairs of bfloat16.
 
-using f16x = float __attribute__((vector_size(64)));
-using i16x = std::int32_t __attribute__((vector_size(64)));
-using u16x = std::uint32_t __attribute__((vector_size(64)));
-using h16x = std::uint16_t __attribute__((vector_size(32)));
+constexpr int kLanes = PBF_BYTES / 4;
+using Floats = float __attribute__((vector_size(PBF_BYTES)));
+using Ints = std::int32_t __attribute__((vector_size(PBF_BYTES)));
+using Words = std::uint32_t __attribute__((vector_size(PBF_BYTES)));
+using Halves = std::uint16_t __attribute__((vector_size(PBF_BYTES / 2)));
 
-inline f16x load(const float* p) {
-    f16x v;
+inline Floats load(const float* p) {
+    Floats v;
     std::memcpy(&v, p, sizeof v);
     return v;
 }
 
-inline void store(float* p, f16x v) { std::memcpy(p, &v, sizeof v); }
+inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 inline float widened(bf16 x) {
     const std::uint32_t bits = std::uint32_t{x} << 16;
@@ -27,49 +28,49 @@ inline float widened(bf16 x) {
     return value;
 }
 
-inline f16x load(const bf16* p) {
-    h16x h;
+inline Floats load(const bf16* p) {
+    Halves h;
     std::memcpy(&h, p, sizeof h);
-    return reinterpret_cast<f16x>(__builtin_convertvector(h, u16x) << 16);
+    return reinterpret_cast<Floats>(__builtin_convertvector(h, Words) << 16);
 }
 
 // Rounds to nearest even. NaN is set apart: the carry would turn it into a number.
-inline void store(bf16* p, f16x v) {
-    const u16x bits = reinterpret_cast<u16x>(v);
-    const u16x rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const u16x is_nan = reinterpret_cast<u16x>(v != v);
-    const h16x h = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0u & is_nan), h16x);
+inline void store(bf16* p, Floats v) {
+    const Words bits = reinterpret_cast<Words>(v);
+    const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Words is_nan = reinterpret_cast<Words>(v != v);
+    const Halves h = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0u & is_nan), Halves);
     std::memcpy(p, &h, sizeof h);
 }
 
-inline f16x splat(float x) { return f16x{} + x; }
+inline Floats splat(float x) { return Floats{} + x; }
 
-inline f16x absolute(f16x x) { return reinterpret_cast<f16x>(reinterpret_cast<i16x>(x) & 0x7fffffff); }
+inline Floats absolute(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7fffffff); }
 
 // Both keep NaN: the comparison is false for it, and the second operand is x itself. One instruction each.
-inline f16x at_least(f16x x, float low) { return splat(low) > x ? splat(low) : x; }
-inline f16x at_most(f16x x, float high) { return splat(high) < x ? splat(high) : x; }
+inline Floats at_least(Floats x, float low) { return splat(low) > x ? splat(low) : x; }
+inline Floats at_most(Floats x, float high) { return splat(high) < x ? splat(high) : x; }
 
 // 2^x to 2e-7 relative for |x| <= 126, by rounding x to an integer in the low mantissa bits of a large float. A NaN may
 // come out as a number: its bits are added to.
-inline f16x exp2_of_number(f16x x) {
-    const f16x shifted = x + 12582912.0f;  // 1.5 * 2^23
-    const f16x f = x - (shifted - 12582912.0f);
-    f16x p = splat(1.32764666e-3f);
+inline Floats exp2_of_number(Floats x) {
+    const Floats shifted = x + 12582912.0f;  // 1.5 * 2^23
+    const Floats f = x - (shifted - 12582912.0f);
+    Floats p = splat(1.32764666e-3f);
     p = p * f + 9.67554189e-3f;
     p = p * f + 5.55071346e-2f;
     p = p * f + 2.40221202e-1f;
     p = p * f + 6.93146944e-1f;
     p = p * f + 1.0f;
-    return reinterpret_cast<f16x>(reinterpret_cast<i16x>(p) + (reinterpret_cast<i16x>(shifted) << 23));
+    return reinterpret_cast<Floats>(reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(shifted) << 23));
 }
 
-inline f16x exp2_(f16x x) { return x == x ? exp2_of_number(at_most(at_least(x, -126.0f), 126.0f)) : x; }
+inline Floats exp2_(Floats x) { return x == x ? exp2_of_number(at_most(at_least(x, -126.0f), 126.0f)) : x; }
 
 // The normal distribution's upper tail beyond |x|, for 0 <= a = |x| <= 6: 2^P(a), P a fit that keeps the error of a * tail
 // least, 6e-8; that of the tail itself is 3e-6 near 0.
-inline f16x tail(f16x a) {
-    f16x p = splat(3.3093125e-5f);
+inline Floats tail(Floats a) {
+    Floats p = splat(3.3093125e-5f);
     p = p * a - 7.6922245e-4f;
     p = p * a + 8.0807256e-3f;
     p = p * a - 5.3412117e-2f;
@@ -81,34 +82,34 @@ inline f16x tail(f16x a) {
 
 // The erf form of GELU to 8e-8 absolute: max(x, 0) - |x| tail(|x|); beyond 6, the second term stays below 6e-9. As the exact
 // form, +inf gives +inf, and -inf and NaN give NaN.
-inline f16x gelu(f16x x) {
-    const f16x magnitude = absolute(x);
-    const f16x a = at_most(magnitude, 6.0f);
+inline Floats gelu(Floats x) {
+    const Floats magnitude = absolute(x);
+    const Floats a = at_most(magnitude, 6.0f);
     return 0.5f * (x + magnitude) - a * tail(a);
 }
 
 struct Gelu {
-    f16x value, slope;
+    Floats value, slope;
 };
 
 // GELU with its derivative, the normal distribution's share below x and x times its density, to 3e-6 absolute. Beyond 6 the
 // slope is as at 6. NaN gives NaN.
-inline Gelu gelu_and_slope(f16x x) {
-    const f16x magnitude = absolute(x);
-    const f16x a = at_most(magnitude, 6.0f);
-    const f16x t = tail(a);
-    const f16x beyond = t - a * (0.3989422804f * exp2_of_number(-0.7213475204f * a * a));
+inline Gelu gelu_and_slope(Floats x) {
+    const Floats magnitude = absolute(x);
+    const Floats a = at_most(magnitude, 6.0f);
+    const Floats t = tail(a);
+    const Floats beyond = t - a * (0.3989422804f * exp2_of_number(-0.7213475204f * a * a));
     return {0.5f * (x + magnitude) - a * t, x < 0.0f ? beyond : 1.0f - beyond};
 }
 
 // tanh to 3e-7 absolute.
-inline f16x tanh_(f16x x) { return 1.0f - 2.0f / (1.0f + exp2_(2.885390082f * x)); }
+inline Floats tanh_(Floats x) { return 1.0f - 2.0f / (1.0f + exp2_(2.885390082f * x)); }
 
 // The lanes' sum, always in the same order.
-inline float sum(f16x v) {
-    float lanes[16];
+inline float sum(Floats v) {
+    float lanes[kLanes];
     store(lanes, v);
-    for (int width = 8; width; width /= 2)
+    for (int width = kLanes / 2; width; width /= 2)
         for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
     return lanes[0];
 }
@@ -119,12 +120,12 @@ struct Moments {
 
 // Of `channels` values in `row`.
 inline Moments moments(const float* row, int channels) {
-    f16x total{};
-    for (int c = 0; c < channels; c += 16) total += load(row + c);
+    Floats total{};
+    for (int c = 0; c < channels; c += kLanes) total += load(row + c);
     const float mean = sum(total) / static_cast<float>(channels);
-    f16x squares{};
-    for (int c = 0; c < channels; c += 16) {
-        const f16x d = load(row + c) - mean;
+    Floats squares{};
+    for (int c = 0; c < channels; c += kLanes) {
+        const Floats d = load(row + c) - mean;
         squares += d * d;
     }
     return {mean, 1.0f / std::sqrt(sum(squares) / static_cast<float>(channels) + kLayerNormEpsilon)};
@@ -134,7 +135,7 @@ inline Moments moments(const float* row, int channels) {
 template <class T>
 inline void layer_norm(const float* row, const float* gamma, const float* beta, T* out, int channels) {
     const Moments m = moments(row, channels);
-    for (int c = 0; c < channels; c += 16)
+    for (int c = 0; c < channels; c += kLanes)
         store(out + c, (load(row + c) - m.mean) * m.scale * load(gamma + c) + load(beta + c));
 }
 
@@ -142,9 +143,9 @@ inline void layer_norm(const float* row, const float* gamma, const float* beta, 
 // added to.
 inline void layer_norm_backward(const float* normalised, float scale, const float* gamma, float* gradient,
                                 float* d_gamma, float* d_beta, int channels) {
-    f16x total{}, along{};
-    for (int c = 0; c < channels; c += 16) {
-        const f16x d = load(gradient + c), n = load(normalised + c), g = d * load(gamma + c);
+    Floats total{}, along{};
+    for (int c = 0; c < channels; c += kLanes) {
+        const Floats d = load(gradient + c), n = load(normalised + c), g = d * load(gamma + c);
         store(d_gamma + c, load(d_gamma + c) + d * n);
         store(d_beta + c, load(d_beta + c) + d);
         total += g;
@@ -152,7 +153,7 @@ inline void layer_norm_backward(const float* normalised, float scale, const floa
     }
     const float mean = sum(total) / static_cast<float>(channels);
     const float slope = sum(along) / static_cast<float>(channels);
-    for (int c = 0; c < channels; c += 16)
+    for (int c = 0; c < channels; c += kLanes)
         store(gradient + c, scale * (load(gradient + c) * load(gamma + c) - mean - load(normalised + c) * slope));
 }
 
@@ -165,14 +166,14 @@ template <class T>
 using Factor = float;
 #endif
 
-constexpr int kColumns = 16 * PBF_VECTORS;  // of a panel of packed weights
+constexpr int kColumns = kLanes * PBF_VECTORS;  // of a panel of packed weights
 
-inline f16x multiply_add(f16x total, float x, const float* w) { return total + x * load(w); }
+inline Floats multiply_add(Floats total, float x, const float* w) { return total + x * load(w); }
 
 #ifdef PBF_BF16_DOT
-inline f16x multiply_add(f16x total, std::int32_t pair, const bf16* w) {
+inline Floats multiply_add(Floats total, std::int32_t pair, const bf16* w) {
     const __m512i weights = _mm512_loadu_si512(w);
-    return reinterpret_cast<f16x>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(total),
+    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(total),
                                                    reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)),
                                                    reinterpret_cast<__m512bh>(weights)));
 }
@@ -184,26 +185,26 @@ using Step = std::conditional_t<std::is_same_v<E, float>, float, std::int32_t>;
 template <class E>
 constexpr int kPerStep = sizeof(Step<E>) / sizeof(E);
 
-// `ROWS` rows by 16 * VECTORS columns: out[r][c] = bias[c] + sum over taps t and inputs k, in this order, of
+// `ROWS` rows by kLanes * VECTORS columns: out[r][c] = bias[c] + sum over taps t and inputs k, in this order, of
 // x[r + (t - taps / 2) * dilation][k] * w[t][k][c]. All sums stay in registers.
 template <int ROWS, int VECTORS, class E>
 void product_tile(const Product<E>& p, const E* x, const E* w, const float* bias, float* out) {
-    f16x total[ROWS][VECTORS];
+    Floats total[ROWS][VECTORS];
     for (int v = 0; v < VECTORS; ++v) {
-        const f16x start = bias ? load(bias + 16 * v) : f16x{};
+        const Floats start = bias ? load(bias + kLanes * v) : Floats{};
         for (int r = 0; r < ROWS; ++r) total[r][v] = start;
     }
     x -= std::int64_t{p.taps / 2} * p.dilation * p.inputs;
     for (int t = 0; t < p.taps; ++t, x += std::int64_t{p.dilation} * p.inputs)
-        for (int k = 0; k < p.inputs; k += kPerStep<E>, w += 16 * VECTORS * kPerStep<E>)
+        for (int k = 0; k < p.inputs; k += kPerStep<E>, w += kLanes * VECTORS * kPerStep<E>)
             for (int r = 0; r < ROWS; ++r) {
                 Step<E> step;
                 std::memcpy(&step, x + r * p.inputs + k, sizeof step);
                 for (int v = 0; v < VECTORS; ++v)
-                    total[r][v] = multiply_add(total[r][v], step, w + 16 * v * kPerStep<E>);
+                    total[r][v] = multiply_add(total[r][v], step, w + kLanes * v * kPerStep<E>);
             }
     for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) store(out + r * p.out_stride + 16 * v, total[r][v]);
+        for (int v = 0; v < VECTORS; ++v) store(out + r * p.out_stride + kLanes * v, total[r][v]);
 }
 
 template <int VECTORS, class E, int... ROWS>
@@ -262,7 +263,7 @@ const Factor<T>* factors(const T* rows, std::int64_t values, Factor<T>* room) {
     if constexpr (std::is_same_v<T, Factor<T>>) {
         return rows;
     } else {
-        for (std::int64_t i = 0; i < values; i += 16) store(room + i, load(rows + i));
+        for (std::int64_t i = 0; i < values; i += kLanes) store(room + i, load(rows + i));
         return room;
     }
 }
@@ -278,38 +279,38 @@ void pack_rows(const T* rows, int n, std::int64_t stride, int columns, int width
         const int wide = std::min(width, columns - panel);
         const T* row = rows + panel;
         for (int r = 0; r < n; r += kPerStep<E>, row += kPerStep<E> * stride, out += wide * kPerStep<E>)
-            for (int c = 0; c < wide; c += 16) {
+            for (int c = 0; c < wide; c += kLanes) {
                 if constexpr (kPerStep<E> == 1) {
                     store(out + c, load(row + c));
                 } else {
-                    h16x upper, lower{};
+                    Halves upper, lower{};
                     std::memcpy(&upper, row + c, sizeof upper);
                     if (r + 1 < n) std::memcpy(&lower, row + stride + c, sizeof lower);
-                    const u16x pairs = __builtin_convertvector(upper, u16x) | __builtin_convertvector(lower, u16x) << 16;
+                    const Words pairs = __builtin_convertvector(upper, Words) | __builtin_convertvector(lower, Words) << 16;
                     std::memcpy(out + 2 * c, &pairs, sizeof pairs);
                 }
             }
     }
 }
 
-// `INPUTS` by 16 * VECTORS columns: out[i][c] += the sum over rows r, in order, of x[r][i] * gradient[r][c]. The sum is
+// `INPUTS` by kLanes * VECTORS columns: out[i][c] += the sum over rows r, in order, of x[r][i] * gradient[r][c]. The sum is
 // formed apart: added to one by one, a sum over a million rows would lose them.
 template <int INPUTS, int VECTORS, class E>
 void row_sum_tile(int rows, int inputs, const E* x, const E* gradient, float* out, int columns) {
-    f16x total[INPUTS][VECTORS] = {};
+    Floats total[INPUTS][VECTORS] = {};
     for (int r = 0; r < rows; r += kPerStep<E>) {
         for (int i = 0; i < INPUTS; ++i) {
             Step<E> step;
             std::memcpy(&step, x + i * kPerStep<E>, sizeof step);
             for (int v = 0; v < VECTORS; ++v)
-                total[i][v] = multiply_add(total[i][v], step, gradient + 16 * v * kPerStep<E>);
+                total[i][v] = multiply_add(total[i][v], step, gradient + kLanes * v * kPerStep<E>);
         }
         x += inputs * kPerStep<E>;
-        gradient += 16 * VECTORS * kPerStep<E>;
+        gradient += kLanes * VECTORS * kPerStep<E>;
     }
     for (int i = 0; i < INPUTS; ++i)
         for (int v = 0; v < VECTORS; ++v) {
-            float* sum = out + std::int64_t{i} * columns + 16 * v;
+            float* sum = out + std::int64_t{i} * columns + kLanes * v;
             store(sum, load(sum) + total[i][v]);
         }
 }
@@ -444,8 +445,8 @@ struct PackedLocalBlock {
         for (const Run& run : runs)
             for (int r = run.first; r < run.first + run.rows; ++r) {
                 const std::uint8_t* token = a.tokens + first + r - std::int64_t{a.taps / 2} * dilation;
-                for (int c = 0; c < a.channels; c += 16) {
-                    f16x total = load(bias + c);
+                for (int c = 0; c < a.channels; c += kLanes) {
+                    Floats total = load(bias + c);
                     for (int t = 0; t < a.taps; ++t)
                         total += load(table + token[t * dilation] * width + t * a.channels + c);
                     store(out + std::int64_t{r} * a.channels + c, total);
@@ -490,7 +491,7 @@ struct PackedLocalBlock {
     void keep(const float* sums, const Runs& runs, T* out) const {
         for (const Run& run : runs)
             for (std::int64_t i = std::int64_t{run.first} * a.channels, n = i + std::int64_t{run.rows} * a.channels; i < n;
-                 i += 16)
+                 i += kLanes)
                 store(out + i, load(sums + i));
     }
 
@@ -505,7 +506,7 @@ struct PackedLocalBlock {
             }
             const float* broadcast = a.broadcast + std::int64_t{segments[r]} * a.channels;
             const T* x = state_of(a, first + r);
-            for (int c = 0; c < a.channels; c += 16)
+            for (int c = 0; c < a.channels; c += kLanes)
                 store(row + c, load(x + c) + load(broadcast + c) + gelu(load(narrow + c)) + gelu(load(wide + c)));
             layer_norm(row, a.norm1_weight, a.norm1_bias, out, a.channels);
         }
@@ -519,7 +520,7 @@ struct PackedLocalBlock {
                 std::memset(out, 0, sizeof(T) * a.channels);
                 continue;
             }
-            for (int c = 0; c < a.channels; c += 16) store(row + c, load(hidden + c) + gelu(load(dense + c)));
+            for (int c = 0; c < a.channels; c += kLanes) store(row + c, load(hidden + c) + gelu(load(dense + c)));
             layer_norm(row, a.norm2_weight, a.norm2_bias, out, a.channels);
         }
     }
@@ -564,18 +565,18 @@ struct PackedAttention {
         for (int done = 0; done < tile.rows; done += 16, keys += 16 * width) {
             const int rows = std::min(16, tile.rows - done);
             for (int r = 0; r < 16; ++r) {
-                f16x products{};
+                Floats products{};
                 if (r < rows)
-                    for (int c = 0; c < a.d_key; c += 16) products += load(query + c) * tanh_(load(keys + r * width + c));
+                    for (int c = 0; c < a.d_key; c += kLanes) products += load(query + c) * tanh_(load(keys + r * width + c));
                 e[r] = sum(products);
             }
             // |logit| <= sqrt(d_key): no running maximum is needed, and partial sums simply add.
-            store(e, exp2_(load(e) * a.scale_log2));
+            for (int r = 0; r < 16; r += kLanes) store(e + r, exp2_(load(e + r) * a.scale_log2));
             for (int r = 0; r < rows; ++r) slot[0] += e[r];
             if (a.weights)
                 for (int r = 0; r < rows; ++r) a.weights[(tile.row + done + r) * a.heads + head] = e[r];
-            for (int c = 0; c < a.d_value; c += 16) {
-                f16x total = load(slot + 1 + c);
+            for (int c = 0; c < a.d_value; c += kLanes) {
+                Floats total = load(slot + 1 + c);
                 for (int r = 0; r < rows; ++r) total += e[r] * gelu(load(keys + r * width + a.d_key + c));
                 store(slot + 1 + c, total);
             }
@@ -640,7 +641,7 @@ struct PackedLocalBlockBackward {
             const float* broadcast = a.broadcast + std::int64_t{segments[r]} * a.channels;
             const std::int64_t in_unit = std::int64_t{r} * a.channels;
             const T* x = state_of(a, first + r);
-            for (int c = 0; c < a.channels; c += 16) {
+            for (int c = 0; c < a.channels; c += kLanes) {
                 const Gelu narrow = gelu_and_slope(load(a.narrow + at + c)), wide = gelu_and_slope(load(a.wide + at + c));
                 store(row + c, load(x + c) + load(broadcast + c) + narrow.value + wide.value);
                 store(narrow_slopes + in_unit + c, narrow.slope);
@@ -648,8 +649,8 @@ struct PackedLocalBlockBackward {
             }
             const Moments m = moments(row, a.channels);
             scales[r] = m.scale;
-            for (int c = 0; c < a.channels; c += 16) {
-                const f16x n = (load(row + c) - m.mean) * m.scale;
+            for (int c = 0; c < a.channels; c += kLanes) {
+                const Floats n = (load(row + c) - m.mean) * m.scale;
                 store(normalised + in_unit + c, n);
                 store(a.hidden + at + c, n * load(a.norm1_weight + c) + load(a.norm1_bias + c));
             }
@@ -661,21 +662,21 @@ struct PackedLocalBlockBackward {
             const std::int64_t at = offset + std::int64_t{r} * a.channels;
             float* sum = dense_sums + std::int64_t{r} * a.channels;
             float* gradient = back + std::int64_t{r} * a.channels;
-            for (int c = 0; c < a.channels; c += 16) {
+            for (int c = 0; c < a.channels; c += kLanes) {
                 const Gelu dense = gelu_and_slope(load(sum + c));
                 store(row + c, load(a.hidden + at + c) + dense.value);
                 store(sum + c, dense.slope);
             }
             const Moments m = moments(row, a.channels);
-            for (int c = 0; c < a.channels; c += 16) {
+            for (int c = 0; c < a.channels; c += kLanes) {
                 store(row + c, (load(row + c) - m.mean) * m.scale);
                 store(gradient + c, load(a.d_local + at + c));
             }
             layer_norm_backward(row, m.scale, a.norm2_weight, gradient, sums + kNorm2Weight * a.channels,
                                 sums + kNorm2Bias * a.channels, a.channels);
             float* d_bias = sums + kDenseBias * a.channels;
-            for (int c = 0; c < a.channels; c += 16) {
-                const f16x d = load(gradient + c), d_sum = d * load(sum + c);
+            for (int c = 0; c < a.channels; c += kLanes) {
+                const Floats d = load(gradient + c), d_sum = d * load(sum + c);
                 store(a.d_dense + at + c, d_sum);
                 store(d_bias + c, load(d_bias + c) + d_sum);
                 store(sum + c, d);
@@ -689,17 +690,17 @@ struct PackedLocalBlockBackward {
             const std::int64_t in_unit = std::int64_t{r} * a.channels;
             float* gradient = back + in_unit;
             const float* beside = dense_sums + in_unit;
-            for (int c = 0; c < a.channels; c += 16) {
-                f16x d = load(beside + c) + load(gradient + c);
+            for (int c = 0; c < a.channels; c += kLanes) {
+                Floats d = load(beside + c) + load(gradient + c);
                 if (a.d_hidden) d += load(a.d_hidden + at + c);
                 store(gradient + c, d);
             }
             layer_norm_backward(normalised + in_unit, scales[r], a.norm1_weight, gradient,
                                 sums + kNorm1Weight * a.channels, sums + kNorm1Bias * a.channels, a.channels);
             float *narrow_bias = sums + kNarrowBias * a.channels, *wide_bias = sums + kWideBias * a.channels;
-            for (int c = 0; c < a.channels; c += 16) {
-                const f16x d = load(gradient + c);
-                const f16x narrow = d * load(narrow_slopes + in_unit + c), wide = d * load(wide_slopes + in_unit + c);
+            for (int c = 0; c < a.channels; c += kLanes) {
+                const Floats d = load(gradient + c);
+                const Floats narrow = d * load(narrow_slopes + in_unit + c), wide = d * load(wide_slopes + in_unit + c);
                 store(a.d_sum + at + c, d);
                 store(a.d_narrow + at + c, narrow);
                 store(a.d_wide + at + c, wide);
@@ -725,7 +726,7 @@ struct PackedLocalBlockBackward {
         std::memset(a.d_x + offset, 0, sizeof(T) * values);
         for (const Run& run : runs)
             for (std::int64_t i = std::int64_t{run.first} * a.channels, n = i + std::int64_t{run.rows} * a.channels; i < n;
-                 i += 16)
+                 i += kLanes)
                 store(a.d_x + offset + i, load(a.d_sum + offset + i) + load(narrow_sums + i) + load(wide_sums + i));
     }
 };
@@ -738,7 +739,7 @@ void token_sums(const LocalBlockBackward<T>& a, std::int64_t first, std::int64_t
     std::fill(out, out + kTokens * width, 0.0f);
     const auto add = [&](std::int64_t token, int place, const T* row) {
         float* sum = out + token * width + std::int64_t{place} * a.channels;
-        for (int c = 0; c < a.channels; c += 16) store(sum + c, load(sum + c) + load(row + c));
+        for (int c = 0; c < a.channels; c += kLanes) store(sum + c, load(sum + c) + load(row + c));
     };
     for (std::int64_t r = first; r < last; ++r) {
         if (a.segments[r] < 0) continue;
@@ -795,7 +796,7 @@ struct PackedAttentionBackward {
         product(keys_values_back, factors(static_cast<const T*>(d_rows), std::int64_t{tile.rows} * both, room), runs,
                 sums);
         T* d_local = a.d_local + tile.row * f.channels;
-        for (std::int64_t i = 0; i < values; i += 16) store(d_local + i, load(sums + i));
+        for (std::int64_t i = 0; i < values; i += kLanes) store(d_local + i, load(sums + i));
         if (!block_room) return {};
         const WeightGradient<T> rest{local, d_rows, nullptr, f.channels, both, 1, 1};
         return block_of(rest, 0, tile.rows, 0, both, block_room);
@@ -809,23 +810,23 @@ struct PackedAttentionBackward {
         const float* d_pooled = a.d_pooled + at * f.d_value;
         const float inverse = 1.0f / a.denominators[at], scale = 1.0f / std::sqrt(static_cast<float>(f.d_key));
         float* d_query = a.d_query + (tile.slot * f.heads + head) * f.d_key;
-        f16x along{};
-        for (int c = 0; c < f.d_value; c += 16) along += load(d_pooled + c) * load(a.pooled + at * f.d_value + c);
+        Floats along{};
+        for (int c = 0; c < f.d_value; c += kLanes) along += load(d_pooled + c) * load(a.pooled + at * f.d_value + c);
         const float mean = sum(along);
         std::fill(d_query, d_query + f.d_key, 0.0f);
         float share[16], d_logit[16];
         for (int done = 0; done < tile.rows; done += 16) {
             const int rows = std::min(16, tile.rows - done);
             for (int r = 0; r < 16; ++r) {
-                f16x logit{}, dot{};
+                Floats logit{}, dot{};
                 if (r < rows) {
                     float* key = products + std::int64_t{done + r} * forward.width;
-                    for (int c = 0; c < f.d_key; c += 16) {
-                        const f16x k = tanh_(load(key + c));
+                    for (int c = 0; c < f.d_key; c += kLanes) {
+                        const Floats k = tanh_(load(key + c));
                         store(key + c, k);
                         logit += load(query + c) * k;
                     }
-                    for (int c = f.d_key; c < forward.width; c += 16) {
+                    for (int c = f.d_key; c < forward.width; c += kLanes) {
                         const Gelu value = gelu_and_slope(load(key + c));
                         store(key + c, value.slope);
                         dot += load(d_pooled + c - f.d_key) * value.value;
@@ -834,17 +835,19 @@ struct PackedAttentionBackward {
                 share[r] = sum(logit);
                 d_logit[r] = sum(dot);
             }
-            const f16x p = exp2_(load(share) * f.scale_log2) * inverse;
-            store(share, p);
-            store(d_logit, p * (load(d_logit) - mean) * scale);
+            for (int r = 0; r < 16; r += kLanes) {
+                const Floats p = exp2_(load(share + r) * f.scale_log2) * inverse;
+                store(share + r, p);
+                store(d_logit + r, p * (load(d_logit + r) - mean) * scale);
+            }
             for (int r = 0; r < rows; ++r) {
                 const float* key = products + std::int64_t{done + r} * forward.width;
-                for (int c = 0; c < f.d_key; c += 16) {
-                    const f16x k = load(key + c);
+                for (int c = 0; c < f.d_key; c += kLanes) {
+                    const Floats k = load(key + c);
                     store(d_query + c, load(d_query + c) + d_logit[r] * k);
                     store(d_keys + std::int64_t{done + r} * both + c, d_logit[r] * load(query + c) * (1.0f - k * k));
                 }
-                for (int c = 0; c < f.d_value; c += 16)
+                for (int c = 0; c < f.d_value; c += kLanes)
                     store(d_values + std::int64_t{done + r} * both + c,
                           share[r] * load(d_pooled + c) * load(key + f.d_key + c));
             }
@@ -879,14 +882,14 @@ void local_block_backward(const LocalBlockBackward<T>& a, std::int64_t first, st
         block.around_products(i * kUnit, std::min(rows, (i + 1) * kUnit), a.sums + i * values);
     });
     for (std::int64_t i = 1; i < units; ++i)
-        for (std::int64_t c = 0; c < values; c += 16) store(a.sums + c, load(a.sums + c) + load(a.sums + i * values + c));
+        for (std::int64_t c = 0; c < values; c += kLanes) store(a.sums + c, load(a.sums + c) + load(a.sums + i * values + c));
     if (a.d_tables) {
         const std::int64_t size = kTokens * (2 * std::int64_t{a.taps} + 1) * a.channels;
         parallel_for(kParts, threads, [&](std::int64_t i) {
             token_sums(a, rows * i / kParts, rows * (i + 1) / kParts, a.d_tables + i * size);
         });
         for (std::int64_t i = 1; i < kParts; ++i)
-            for (std::int64_t c = 0; c < size; c += 16)
+            for (std::int64_t c = 0; c < size; c += kLanes)
                 store(a.d_tables + c, load(a.d_tables + c) + load(a.d_tables + i * size + c));
     }
     if (!a.d_x) return;
@@ -955,6 +958,6 @@ void protein_sums(const T* rows, const std::int64_t* starts, const std::int64_t*
         std::fill(total, total + channels, 0.0f);
         const T* row = rows + starts[p] * channels;
         for (std::int64_t r = 0; r < lengths[p]; ++r, row += channels)
-            for (int c = 0; c < channels; c += 16) store(total + c, load(total + c) + load(row + c));
+            for (int c = 0; c < channels; c += kLanes) store(total + c, load(total + c) + load(row + c));
     });
 }
