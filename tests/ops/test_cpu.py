@@ -470,7 +470,7 @@ def test_same_bits_in_every_tile(instruction_set, dtype):
 
 
 def test_an_unknown_instruction_set_is_refused():
-    with pytest.raises(ValueError, match="instruction set 'mmx' is not to be had here; the best is"):
+    with pytest.raises(ValueError, match="instruction set 'mmx' is unavailable on this CPU; the best is"):
         _cpu_kernels.use_instruction_set("mmx")
 
 
