@@ -23,6 +23,8 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO ?= pretrain-demo
 TRITONS ?= 3.9.0 3.6.0
+# Others that run the kernels for Hopper, of which these alone are compiled.
+HOPPER_TRITONS ?= 3.7.1
 
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
@@ -113,10 +115,13 @@ test-kernels-%: $(VENV)/triton-%
 test-kernel-tools: $(VENV)/triton-$(lastword $(TRITONS))
 	$(RUN_KERNELS) $(KERNEL_TOOLS) $(PYTEST_ARGS)
 
-compile-gate: $(TRITONS:%=compile-gate-%)
+compile-gate: $(TRITONS:%=compile-gate-%) $(HOPPER_TRITONS:%=hopper-gate-%)
 
 compile-gate-%: $(VENV)/triton-%
 	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate $(if $(filter $(lastword $(TRITONS)),$*),,--brief)
+
+hopper-gate-%: $(VENV)/triton-%
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate --hopper
 
 # On a machine with a GPU. SANITIZE_PYTHON is a Python that has torch with CUDA, triton, pytest and this package's
 # extensions; races are looked for on the smallest inputs, because that is slow. PyTorch's own allocator hides what
