@@ -40,13 +40,20 @@ def shared_memory(capability: int) -> int:
     return {75: 64, 80: 163, 87: 163}.get(capability, 99) << 10
 
 
-@lru_cache
 def capability(index: int) -> int:
     """Of a CUDA device: 80 for 8.0; 0 in the interpreter."""
+    # torch.compile traces through caches, with a warning of each.
+    return _capability(index) if torch.compiler.is_compiling() else _capability_once(index)
+
+
+def _capability(index: int) -> int:
     if is_interpreted():
         return 0
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
+
+
+_capability_once = lru_cache(_capability)
 
 
 def capability_of(x: Tensor) -> int:

@@ -73,6 +73,14 @@ def test_padded_is_the_next_power_of_two():
     assert padded(27, 32) == 32
 
 
+def test_compile_asks_for_the_capability_without_a_warning(monkeypatch):
+    """A warning of what users cannot change, and an error in a program that takes warnings for errors."""
+    monkeypatch.setattr(launching, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
+    compiled = torch.compile(lambda x: x + launching.capability(1), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(2)).tolist() == [91, 91]
+
+
 @pytest.mark.parametrize("portable_is_right", [True, False])
 def test_a_wrong_kernel_for_hopper_gives_way_to_the_portable_one(monkeypatch, portable_is_right):
     """The self-check's way back, on a device that is not there."""
