@@ -24,7 +24,7 @@ from proteinbert_fast.ops.kernels.launching import (
     shared_memory,
 )
 from proteinbert_fast.ops.precision import product_precision
-from proteinbert_fast.packing import cut_into_spans
+from proteinbert_fast.spans import cut_into_spans
 
 SPAN = 512
 TILE = 64  # rows, of a protein too, among which the backward pass shares out sums over rows
