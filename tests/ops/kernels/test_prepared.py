@@ -225,3 +225,23 @@ def test_memory_at_the_published_sizes(monkeypatch, dtype, autocast, megabytes):
     assert kept < weights
     del model
     assert not prepared._known
+
+
+def test_weights_of_the_kernel_for_hopper_are_kept_too(monkeypatch, device):
+    """What its host function hands over; the kernel itself does not run in the interpreter."""
+    hopper = pytest.importorskip("proteinbert_fast.ops.kernels.local_block_hopper")
+    handed = []
+    kernel = type("Kernel", (), {"__getitem__": lambda self, grid: lambda x, tiles, *_, **__: handed.append(tiles)})()
+    monkeypatch.setattr(hopper, "local_block_hopper_kernel", kernel)
+    monkeypatch.setattr(hopper, "unsupported", lambda *_: None)
+    prepared.forget()
+    block = ProteinBert(ProteinBertConfig(n_annotations=30, n_blocks=2)).to(device, torch.bfloat16).blocks[1]
+    weights = block.local_weights()
+    x, segments = torch.zeros(64, 128, dtype=torch.bfloat16, device=device), torch.zeros(64, dtype=torch.int32)
+    for change in (lambda: None, lambda: None, lambda: block.local_dense.weight.mul_(2)):
+        with torch.no_grad(), prepared.reusing(True):
+            change()
+            hopper.launch(x, x[:1], segments, weights, 20, 5, False, False, hopper.configuration(128))
+            assert torch.equal(handed[-1].base, hopper.weight_stream(weights, torch.bfloat16))
+    assert len({tiles.base.data_ptr() for tiles in handed}) == 1
+    assert len(prepared._kept) == 1
