@@ -342,8 +342,11 @@ def unsupported(channels: int, dtype: torch.dtype, taps: int, wide_dilation: int
 
 def weight_stream(weights: LocalBlockWeights, dtype: torch.dtype) -> Tensor:
     """All that the kernel multiplies by, in the order of use: ((2 * taps + 1) * D, D), each (in, out)."""
-    w = weights
-    parts = [w.narrow_weight.permute(2, 1, 0), w.wide_weight.permute(2, 1, 0), w.dense_weight.t()[None]]
+    return _weight_stream(weights.narrow_weight, weights.wide_weight, weights.dense_weight, dtype)
+
+
+def _weight_stream(narrow: Tensor, wide: Tensor, dense: Tensor, dtype: torch.dtype) -> Tensor:
+    parts = [narrow.permute(2, 1, 0), wide.permute(2, 1, 0), dense.t()[None]]
     return torch.cat([part.to(dtype) for part in parts]).flatten(0, 1)
 
 
@@ -370,6 +373,8 @@ def launch(
     """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    from proteinbert_fast.ops.prepared import prepared
+
     n_rows, channels = x.shape
     reason = unsupported(channels, x.dtype, weights.narrow_weight.shape[-1], wide_dilation, gap)
     if reason:
@@ -380,7 +385,8 @@ def launch(
     local[:gap] = 0
     hidden[:gap] = 0
     w, c = weights, chosen
-    tiles = TensorDescriptor.from_tensor(weight_stream(w, x.dtype), [c.chunk, channels], weight_layout())
+    stream = prepared(_weight_stream, w.narrow_weight, w.wide_weight, w.dense_weight, key=(x.dtype,))
+    tiles = TensorDescriptor.from_tensor(stream, [c.chunk, channels], weight_layout())
     local_block_hopper_kernel[(triton.cdiv(n_rows - gap, c.rows),)](
         x, tiles, broadcast.contiguous(), segments, w.narrow_bias, w.wide_bias, w.norm1_weight, w.norm1_bias,
         w.dense_bias, w.norm2_weight, w.norm2_bias, hidden, local, narrow, wide, gap, n_rows,
