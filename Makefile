@@ -4,6 +4,7 @@
 #   make test         run the test suite                (PYTEST_ARGS="-k golden" for a part)
 #   make lint types   ruff; mypy
 #   make test-kernels compile-gate   the GPU kernels in Triton's interpreter; compiled for GPUs that are not here
+#   make test-oldest  ops, kernels, model and pretraining under the oldest PyTorch that is supported: downloads gigabytes
 #   make wheel-test   build sdist and wheel, run a part of the suite against the installed wheel
 #   make sanitize     on a GPU: bad memory accesses and races in the kernels, with NVIDIA's compute-sanitizer
 #   make pretrain-demo   a corpus of 2,000 real proteins, a small model trained on it, its curves: a few minutes
@@ -23,12 +24,15 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO ?= pretrain-demo
 TRITONS ?= 3.9.0 3.6.0
+# Others that run the kernels for Hopper, of which these alone are compiled.
+HOPPER_TRITONS ?= 3.7.1
 
 BIN := $(VENV)/bin
-PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+CONSTRAINTS ?= constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 SOURCES := setup.py pyproject.toml constraints.txt proteinbert_fast/_version.py $(wildcard csrc/*)
 
-.PHONY: help embed test test-kernels test-kernel-tools compile-gate sanitize lint types wheel-test pretrain-demo bench dev clean
+.PHONY: help embed test test-kernels test-kernel-tools test-oldest compile-gate sanitize lint types wheel-test pretrain-demo bench dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -113,10 +117,27 @@ test-kernels-%: $(VENV)/triton-%
 test-kernel-tools: $(VENV)/triton-$(lastword $(TRITONS))
 	$(RUN_KERNELS) $(KERNEL_TOOLS) $(PYTEST_ARGS)
 
-compile-gate: $(TRITONS:%=compile-gate-%)
+# In an environment of its own, which PyTorch's CUDA build brings its Triton into. That PyTorch pins setuptools itself.
+OLDEST_VENV ?= .venv-oldest
+OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+OLDEST_TESTS := tests/test_model.py tests/test_export.py tests/test_packing.py tests/pretraining tests/ops
+RUN_OLDEST = $(IN_PARALLEL) $(OLDEST_VENV)/bin/python -m pytest -p no:cacheprovider $(ALL_CORES)
+
+test-oldest:
+	@mkdir -p build
+	sed -e 's/^torch==.*/torch==$(OLDEST_TORCH)/' -e '/^setuptools==/d' constraints.txt > build/oldest.txt
+	$(MAKE) VENV=$(OLDEST_VENV) CONSTRAINTS=build/oldest.txt $(OLDEST_VENV)/.test
+	@$(OLDEST_VENV)/bin/python -c "import torch, triton; print('==> torch', torch.__version__, 'triton', triton.__version__)"
+	$(RUN_OLDEST) -m "not slow" $(OLDEST_TESTS) --ignore=tests/ops/kernels $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(RUN_OLDEST) tests/ops/kernels $(KERNEL_TOOLS:%=--ignore=%) $(PYTEST_ARGS)
+
+compile-gate: $(TRITONS:%=compile-gate-%) $(HOPPER_TRITONS:%=hopper-gate-%)
 
 compile-gate-%: $(VENV)/triton-%
 	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate $(if $(filter $(lastword $(TRITONS)),$*),,--brief)
+
+hopper-gate-%: $(VENV)/triton-%
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate --hopper
 
 # On a machine with a GPU. SANITIZE_PYTHON is a Python that has torch with CUDA, triton, pytest and this package's
 # extensions; races are looked for on the smallest inputs, because that is slow. PyTorch's own allocator hides what
@@ -173,6 +194,6 @@ wheel-test: $(VENV)/.dev
 	$(IN_PARALLEL) "$$temp/venv/bin/python" -m pytest $(ALL_CORES) -m "not slow" tests/test_*.py tests/cli tests/ops $(PYTEST_ARGS)
 
 clean:
-	rm -rf .venv pretrain-demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks embeddings.h5*
+	rm -rf .venv .venv-oldest pretrain-demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks embeddings.h5*
 	find proteinbert_fast benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 	find proteinbert_fast -name '*.so' -delete

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from proteinbert_fast.errors import ProteinBertError as ProteinBertError
     from proteinbert_fast.graphs import GraphedForward as GraphedForward
     from proteinbert_fast.model import ProteinBert as ProteinBert
+    from proteinbert_fast.ops.prepared import forget_prepared_weights as forget_prepared_weights
     from proteinbert_fast.outputs import PaddedOutput as PaddedOutput
     from proteinbert_fast.outputs import ProteinBertOutput as ProteinBertOutput
     from proteinbert_fast.packing import PackedBatch as PackedBatch
@@ -43,6 +44,7 @@ _HOMES = {
     "ProteinBertOutput": "outputs",
     "Tokenizer": "tokenizer",
     "embed": "embedding",
+    "forget_prepared_weights": "ops.prepared",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]

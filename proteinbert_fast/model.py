@@ -6,17 +6,18 @@ and tells the local track of the next block what the global track has become.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from proteinbert_fast.config import LAYER_NORM_EPS, VOCABULARY_SIZE, ProteinBertConfig
 from proteinbert_fast.errors import InputError
-from proteinbert_fast.ops import backends, reference
+from proteinbert_fast.ops import backends, prepared, reference
 from proteinbert_fast.ops.backends import Choice, Operations
 from proteinbert_fast.ops.reference import (
     Embedded,
@@ -338,13 +339,41 @@ class ProteinBert(nn.Module):
         Raises:
             InputError: shapes do not fit, or a token is out of range; names the record.
         """
+        length = None
         if isinstance(batch, Tensor):
             length = batch.shape[-1]
-            packed = PackedBatch.from_padded(batch, lengths, mask, gap=self.config.reach)
-            return PaddedOutput(self._forward(packed, annotations, hidden_states, attentions), length)
-        if lengths is not None or mask is not None:
+            batch = PackedBatch.from_padded(batch, lengths, mask, gap=self.config.reach)
+        elif lengths is not None or mask is not None:
             raise InputError("a PackedBatch knows its lengths: give no lengths and no mask with it")
-        return self._forward(batch, annotations, hidden_states, attentions)
+        with self._reusing_weights():
+            out = self._forward(batch, annotations, hidden_states, attentions)
+        return out if length is None else PaddedOutput(out, length)
+
+    def _reusing_weights(self) -> AbstractContextManager[None]:
+        """Kernels may keep what they make of the weights, where these are not about to change."""
+        if torch.compiler.is_compiling():
+            return nullcontext()
+        wants_gradients = torch.is_grad_enabled()
+        if wants_gradients:
+            # What follows may change weights in a way that PyTorch does not count: p.data -= rate * p.grad.
+            prepared.forget(self.parameters())
+        return prepared.reusing(not wants_gradients and not self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; also drops what kernels made of the weights, which may have been changed in any way."""
+        prepared.forget(self.parameters())
+        return super().train(mode)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; also drops what kernels made of the weights."""
+        prepared.forget(self.parameters())
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Before: weights that are swapped for others must have no weak references.
+        prepared.forget(self.parameters())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _forward(
         self,
@@ -423,7 +452,8 @@ class ProteinBert(nn.Module):
         autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
         def run(*inputs: Tensor) -> Tensor:  # plain types: torch.compile builds this again
-            with torch.set_grad_enabled(gradients), torch.autocast(device, dtype, enabled=autocast):
+            reusing = prepared.reusing(not gradients and not head.training)
+            with torch.set_grad_enabled(gradients), torch.autocast(device, dtype, enabled=autocast), reusing:
                 return apply(head, *inputs)
 
         return run

@@ -12,7 +12,7 @@ The layout follows from the lengths and the gap alone, and both are always known
 waits for a GPU, except for the checks of token values that lie on one (each says so).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,28 +21,11 @@ import torch
 
 from proteinbert_fast._tokenizer import GAP, PAD, START
 from proteinbert_fast.errors import BackendError, InputError
+from proteinbert_fast.spans import cut_into_spans
 
 __all__ = ["PackedBatch", "batches_by_tokens"]
 
 Int64Array = npt.NDArray[np.int64]
-
-
-def cut_into_spans(lengths: torch.Tensor, size: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Proteins cut into spans of ``size`` rows, each protein from its own first row.
-
-    Args:
-        lengths: int64 (B,).
-        size: rows of a span.
-        most: S, a number of spans that is known to suffice.
-
-    Returns:
-        int32 (S,): the protein of each span; B in those beyond the last.
-        int64 (B + 1,): the first span of each protein, and how many there are.
-    """
-    first = torch.zeros(lengths.shape[0] + 1, dtype=torch.int64, device=lengths.device)
-    torch.cumsum((lengths + size - 1) // size, 0, out=first[1:])
-    spans = torch.arange(most, device=lengths.device)
-    return torch.searchsorted(first[1:], spans, right=True, out_int32=True), first
 
 
 class PackedBatch:
@@ -156,7 +139,14 @@ class PackedBatch:
 
     @classmethod
     def on_device(
-        cls, tokens: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, gap: int, longest: int
+        cls,
+        tokens: torch.Tensor,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        gap: int,
+        longest: int,
+        segments: torch.Tensor | None = None,
+        spans: Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> "PackedBatch":
         """A batch whose layout lies on the device alone, as CUDA graphs and exported programs need it.
 
@@ -168,15 +158,18 @@ class PackedBatch:
             lengths: int64 (batch,); 0 in empty places.
             gap: gap rows before, between and after the proteins, at least.
             longest: tokens of the longest protein, or more.
+            segments: as the attribute; computed on the device when None.
+            spans: what ``spans`` returns, by size; sizes that are missing are computed on the device.
         """
         batch = cls.__new__(cls)
         batch.tokens, batch.starts, batch.lengths = tokens, starts, lengths
         batch.gap, batch.ids, batch._longest = gap, None, longest
-        rows = torch.arange(tokens.shape[0], device=tokens.device)
-        protein = (torch.searchsorted(starts, rows, right=True) - 1).clamp(min=0)
-        inside = (rows >= starts[protein]) & (rows < starts[protein] + lengths[protein])
-        batch._segments = protein.where(inside, -1).int()
-        batch._spans, batch._n_residues = {}, None
+        if segments is None:
+            rows = torch.arange(tokens.shape[0], device=tokens.device)
+            protein = (torch.searchsorted(starts, rows, right=True) - 1).clamp(min=0)
+            inside = (rows >= starts[protein]) & (rows < starts[protein] + lengths[protein])
+            segments = protein.where(inside, -1).int()
+        batch._segments, batch._spans, batch._n_residues = segments, dict(spans or {}), None
         return batch
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -253,7 +246,7 @@ class PackedBatch:
         tokens = self.tokens.to(device, non_blocking=non_blocking)
         if tokens is self.tokens:
             return self
-        return self._moved(
+        return self.moved(
             tokens,
             self.starts.to(device, non_blocking=non_blocking),
             self.lengths.to(device, non_blocking=non_blocking),
@@ -267,9 +260,10 @@ class PackedBatch:
         """
         if not torch.accelerator.is_available():
             raise BackendError("pin_memory: no accelerator to pin memory for; leave it off on a CPU")
-        return self._moved(self.tokens.pin_memory(), self.starts.pin_memory(), self.lengths.pin_memory())
+        return self.moved(self.tokens.pin_memory(), self.starts.pin_memory(), self.lengths.pin_memory())
 
-    def _moved(self, tokens: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor) -> "PackedBatch":
+    def moved(self, tokens: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor) -> "PackedBatch":
+        """This batch, of tensors that hold the same elsewhere."""
         batch = PackedBatch.__new__(PackedBatch)
         batch.tokens, batch.starts, batch.lengths = tokens, starts, lengths
         batch.gap, batch.ids = self.gap, self.ids

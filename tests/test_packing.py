@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from proteinbert_fast.errors import BackendError, InputError
 from proteinbert_fast.packing import PackedBatch, batches_by_tokens
+from proteinbert_fast.spans import HostLayout
 from proteinbert_fast.tokenizer import END, GAP, OTHER, PAD, START, Tokenizer
 
 RESIDUES = "ACDEFGHIKLMNPQRSTUVWXY"
@@ -476,3 +477,32 @@ def test_spans_cut_each_protein_from_its_own_first_row(residues):
     assert all(p == len(batch) for p in protein.tolist()[len(expected) :])
     assert first.diff().tolist() == [expected.count(i) for i in range(len(batch))]
     assert batch.spans(512)[0] is protein
+
+
+@quick
+@given(proteins, gaps, st.integers(1, 50), st.integers(0, 4), st.integers(0, 70))
+def test_layouts_of_the_host_and_of_the_device_agree(
+    texts: list[str], gap: int, size: int, empty: int, more: int
+) -> None:
+    """With empty places and rows behind the last protein, as graphs fill them up."""
+    batch = Tokenizer(gap)(texts)
+    n_rows, n_places = batch.n_rows + more, len(batch) + empty
+    if not n_places:
+        return
+    sizes = (n_places, n_places, n_places + 1), (n_rows, n_rows // size + n_places)
+    arrays = [np.full(n, -9, dtype) for of, dtype in zip(sizes, (np.int64, np.int32), strict=True) for n in of]
+    HostLayout(*arrays).fill(batch.host_starts, batch.host_lengths, gap, size)
+    starts, lengths, first_span, segments, span_protein = map(torch.from_numpy, arrays)
+    tokens = torch.full((n_rows,), GAP, dtype=torch.uint8)
+    tokens[: batch.n_rows] = batch.tokens
+    device = PackedBatch.on_device(tokens, starts, lengths, gap, longest=n_rows)
+    assert starts.tolist() == batch.starts.tolist() + [n_rows] * empty
+    assert lengths.tolist() == batch.lengths.tolist() + [0] * empty
+    assert segments.tolist() == device.segments.tolist() == batch.segments.tolist() + [-1] * more
+    assert [x.tolist() for x in device.spans(size)] == [span_protein.tolist(), first_span.tolist()]
+    given_layout = PackedBatch.on_device(
+        tokens, starts, lengths, gap, n_rows, segments, {size: (span_protein, first_span)}
+    )
+    assert given_layout.segments is segments
+    assert given_layout.spans(size)[0] is span_protein
+    assert [x.tolist() for x in given_layout.spans(size + 1)] == [x.tolist() for x in device.spans(size + 1)]

@@ -30,6 +30,10 @@ from proteinbert_fast.packing import PackedBatch
 Backend = Literal["auto", "triton", "cpu", "reference"]
 Save = Literal["preactivations", "inputs"]
 
+# Once, on import: torch.compile of PyTorch 2.11 cannot trace the search, and a model is asked in every forward pass.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+NO_TRITON = "triton is not installed: pip install 'proteinbert-fast[kernels]'"
+
 
 @dataclass(frozen=True)
 class Operations:
@@ -197,8 +201,8 @@ def _no_triton(device: torch.device, config: ProteinBertConfig, dtype: torch.dty
     """Why the Triton kernels cannot run this, or None when they can."""
     if not KERNELS_ENABLED:
         return f"{KERNELS_SWITCH}=0 in the environment"
-    if not torch.compiler.is_compiling() and importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install 'proteinbert-fast[kernels]'"
+    if not HAS_TRITON:
+        return NO_TRITON
     from proteinbert_fast.ops import kernels
 
     return kernels.unsupported(device, config, dtype)
@@ -213,8 +217,8 @@ def check_backend(backend: str) -> None:
     """
     if backend not in get_args(Backend):
         raise InputError(f"backend {backend!r} is unknown; choose one of {', '.join(get_args(Backend))}")
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        raise BackendError("backend 'triton': triton is not installed: pip install 'proteinbert-fast[kernels]'")
+    if backend == "triton" and not HAS_TRITON:
+        raise BackendError(f"backend 'triton': {NO_TRITON}")
 
 
 def choose(backend: str, device: torch.device, config: ProteinBertConfig, dtype: torch.dtype) -> Choice:

@@ -1,5 +1,6 @@
 """Which back end is chosen, and that a slower choice is said, once."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -50,6 +51,27 @@ def test_auto_says_once_why_a_gpu_runs_the_plain_operations(monkeypatch):
     monkeypatch.setattr(backends, "check_backend", lambda _: None)
     with pytest.raises(BackendError, match="backend 'triton' cannot run this: d_local is 48"):
         backends.choose("triton", GPU, CONFIG, torch.float32)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_triton_its_back_end_says_how_to_get_it(monkeypatch):
+    assert (importlib.util.find_spec("triton") is not None) == backends.HAS_TRITON
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
+    says = r"triton is not installed: pip install 'proteinbert-fast\[kernels\]'"
+    with pytest.raises(BackendError, match=f"^backend 'triton': {says}$"):
+        ProteinBert(CONFIG, backend="triton")
+    with pytest.warns(RuntimeWarning, match=f"slower than the Triton kernels: {says}"):
+        choice = backends.choose("auto", GPU, CONFIG, torch.float32)
+    assert choice.operations is backends.REFERENCE
+
+
+def test_a_forward_pass_does_not_look_for_triton(monkeypatch):
+    """The search takes time in each, and torch.compile of PyTorch 2.11 cannot trace it."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: pytest.fail("searched"))
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
+    backends.check_backend("triton")
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
+    assert "not installed" in backends._no_triton(GPU, CONFIG, torch.float32)
 
 
 @pytest.mark.usefixtures("fresh")
@@ -124,7 +146,7 @@ from unittest.mock import patch
 try:
     from proteinbert_fast import ProteinBertConfig
     from proteinbert_fast.ops import backends
-    with patch("importlib.util.find_spec", lambda name: None):
+    with patch.object(backends, "HAS_TRITON", False):
         obstacle = backends._no_triton(torch.device("cuda"), ProteinBertConfig(), torch.float32)
     print(obstacle if "KERNELS" in obstacle else "passed by")
 except Exception as error:

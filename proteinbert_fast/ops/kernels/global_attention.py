@@ -24,7 +24,8 @@ from proteinbert_fast.ops.kernels.launching import (
     shared_memory,
 )
 from proteinbert_fast.ops.precision import product_precision
-from proteinbert_fast.packing import cut_into_spans
+from proteinbert_fast.ops.prepared import in_dtype
+from proteinbert_fast.spans import cut_into_spans
 
 SPAN = 512
 TILE = 64  # rows, of a protein too, among which the backward pass shares out sums over rows
@@ -292,8 +293,8 @@ def span_sums(
     sums = local.new_empty(len(protein), width, dtype=torch.float32)
     if n_proteins:
         span_sums_kernel[(len(protein), n_heads)](
-            local, query.contiguous(), key_weight.to(local.dtype).contiguous(),
-            value_weight.to(local.dtype).contiguous(), starts, lengths, protein, first, sums, n_proteins,
+            local, query.contiguous(), in_dtype(key_weight, local.dtype),
+            in_dtype(value_weight, local.dtype), starts, lengths, protein, first, sums, n_proteins,
             D=channels, H=n_heads, K=d_key, K_PADDED=padded(d_key), V=d_value, V_PADDED=padded(d_value), SPAN=SPAN,
             M=c.rows, STAGES=c.stages, CHUNK=c.chunk, SCALE=LOG2_E.value / math.sqrt(d_key),
             PRECISION=precision, RESIDUES=_RESIDUES_AT_ONCE if residues else 0, WIDTH=width,
@@ -321,7 +322,7 @@ def attention_weights(
     c = configuration(capability_of(local), channels, local.dtype, precision)
     weights = local.new_empty(n_rows, n_heads)
     weights_kernel[(triton.cdiv(n_rows, c.rows), n_heads)](
-        local, query.contiguous(), key_weight.to(local.dtype).contiguous(), denominator, segments, weights, n_rows,
+        local, query.contiguous(), in_dtype(key_weight, local.dtype), denominator, segments, weights, n_rows,
         D=channels, H=n_heads, K=d_key, K_PADDED=padded(d_key), M=c.rows, CHUNK=c.chunk or min(channels, 64),
         SCALE=LOG2_E.value / math.sqrt(d_key), PRECISION=precision, num_warps=c.warps,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from proteinbert_fast.ops.kernels.launching import (
 )
 from proteinbert_fast.ops.operators import operator
 from proteinbert_fast.ops.precision import product_precision
+from proteinbert_fast.ops.prepared import in_dtype
 from proteinbert_fast.ops.recompute import recomputed
 from proteinbert_fast.ops.reference import (
     GlobalBlockWeights,
@@ -200,9 +201,9 @@ def launch(
     mean = state.new_empty(n_last, d_local, dtype=torch.float32)
     if n_proteins:
         global_track_kernel[(triton.cdiv(n_proteins, PROTEINS),)](
-            state, spans.sums, spans.first, lengths, w.dense1_weight.to(dtype).contiguous(), w.dense1_bias,
-            w.norm1_weight, w.norm1_bias, w.dense2_weight.to(dtype).contiguous(), w.dense2_bias, w.norm2_weight,
-            w.norm2_bias, query_weight.to(dtype).contiguous(), word_weight.to(dtype).contiguous(), word_bias,
+            state, spans.sums, spans.first, lengths, in_dtype(w.dense1_weight, dtype), w.dense1_bias,
+            w.norm1_weight, w.norm1_bias, in_dtype(w.dense2_weight, dtype), w.dense2_bias, w.norm2_weight,
+            w.norm2_bias, in_dtype(query_weight, dtype), in_dtype(word_weight, dtype), word_bias,
             hidden, out, denominator, pooled, query, word, mean, n_proteins,
             G=n_global, G_PADDED=padded(n_global), H=n_heads, H_PADDED=padded(n_heads), V=n_global // n_heads,
             QUERIES=n_queries, QUERIES_PADDED=padded(n_queries), D=d_local, WIDTH=spans.sums.shape[1], M=PROTEINS,

@@ -78,15 +78,20 @@ def is_compiling_ahead() -> bool:
 
 def capability(index: int) -> int:
     """Of a CUDA device: 80 for 8.0; 0 in the interpreter."""
-    return _compiled_for[-1] if _compiled_for else _capability(index)
+    if _compiled_for:
+        return _compiled_for[-1]
+    # torch.compile traces through caches, with a warning of each.
+    return _capability(index) if torch.compiler.is_compiling() else _capability_once(index)
 
 
-@lru_cache
 def _capability(index: int) -> int:
     if is_interpreted():
         return 0
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
+
+
+_capability_once = lru_cache(_capability)
 
 
 def capability_of(x: Tensor) -> int:

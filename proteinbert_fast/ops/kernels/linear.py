@@ -13,6 +13,7 @@ from proteinbert_fast.ops.kernels.activations import LOG2_E, activate
 from proteinbert_fast.ops.kernels.launching import ANY_BATCH, capability_of, has_matrix_units
 from proteinbert_fast.ops.operators import operator
 from proteinbert_fast.ops.precision import product_precision
+from proteinbert_fast.ops.prepared import in_dtype
 from proteinbert_fast.ops.reference import Message, MessageWeights
 
 _ROWS = 16  # as few as the matrix units take: most calls have a row per protein
@@ -59,7 +60,7 @@ def linear_kernel(
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype, by_row: bool
 ) -> Tensor:
-    x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
+    x, weight = x.contiguous(), in_dtype(weight, x.dtype)
     out = torch.empty(len(x), len(weight), dtype=out_dtype, device=x.device)
     precision = product_precision(x.dtype)
     n_rows = _MANY_ROWS if by_row and has_matrix_units(capability_of(x), x.dtype, precision) else _ROWS

@@ -27,6 +27,7 @@ from proteinbert_fast.ops.kernels.launching import (
 )
 from proteinbert_fast.ops.operators import operator
 from proteinbert_fast.ops.precision import product_precision
+from proteinbert_fast.ops.prepared import in_dtype, prepared
 from proteinbert_fast.ops.reference import Embedded, LocalBlockWeights
 from proteinbert_fast.ops.switches import HOPPER_ENABLED, HOPPER_SWITCH
 from proteinbert_fast.packing import PackedBatch
@@ -356,6 +357,22 @@ def _backward(ctx: Any, d_hidden: Tensor | None, d_local: Tensor | None, *_: Ten
 _local_block.register_autograd(_backward, setup_context=_save)
 
 
+def _taps(narrow: Tensor, wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """(out, in, taps) to (taps, in, out), narrow above wide: a tile of it is what a product takes."""
+    return torch.cat([narrow.permute(2, 1, 0), wide.permute(2, 1, 0)]).to(dtype)
+
+
+def _states(x: Tensor, symbols: int) -> Tensor:
+    """Of each token. A gap row's is the first beyond the vocabulary: its states, and those of all others, are zeros."""
+    return F.pad(x, (0, 0, 0, symbols - len(x)))
+
+
+def _tables(x: Tensor, narrow: Tensor, wide: Tensor, symbols: int, precision: str) -> Tensor:
+    """(2 * taps, symbols, D): each tap's products with each token's states."""
+    # The taps are kept for themselves: under autocast, x is another tensor in every call.
+    return torch.matmul(_states(x, symbols), prepared(_taps, narrow, wide, key=(x.dtype,)))
+
+
 def launch(
     x: Tensor,
     tokens: Tensor | None,
@@ -409,16 +426,15 @@ def launch(
         return local_block_hopper.launch(
             x.contiguous(), broadcast, segments, w, gap, wide_dilation, keep_hidden, keep_results, c
         )
-    # (out, in, taps) to (taps, in, out), narrow above wide: a tile of it is what a product takes.
-    taps = torch.cat([w.narrow_weight.permute(2, 1, 0), w.wide_weight.permute(2, 1, 0)]).to(dtype)
     symbols = 0
     if tokens is None:
-        x, taps = x.contiguous(), taps.reshape(-1, channels)
+        x = x.contiguous()
+        taps = prepared(_taps, w.narrow_weight, w.wide_weight, key=(dtype,)).reshape(-1, channels)
     else:
-        # A gap row's token is the first beyond the vocabulary: its states, and those of all others, are zeros.
         symbols = padded(len(x) + 1, 32)
-        x = F.pad(x, (0, 0, 0, symbols - len(x)))
-        taps = torch.matmul(x, taps)
+        # Products of float32 may be TF32's: the precision is part of the key.
+        taps = prepared(_tables, x, w.narrow_weight, w.wide_weight, key=(symbols, precision))
+        x = prepared(_states, x, key=(symbols,))
     hidden = x.new_empty(n_rows if keep_hidden or c.chunked_dense else 0, channels)
     local = x.new_empty(n_rows, channels)
     narrow, wide = (x.new_empty(n_rows if keep_results else 0, channels) for _ in range(2))
@@ -435,7 +451,7 @@ def launch(
             tiles[1] = TensorDescriptor.from_tensor(taps, [c.chunk, channels])
     local_block_kernel[(triton.cdiv(n_rows - gap, c.rows),)](
         *tiles, x, segments if tokens is None else tokens, broadcast.contiguous(), segments, w.narrow_bias, w.wide_bias,
-        w.norm1_weight, w.norm1_bias, w.dense_weight.to(dtype).contiguous(), w.dense_bias, w.norm2_weight, w.norm2_bias,
+        w.norm1_weight, w.norm1_bias, in_dtype(w.dense_weight, dtype), w.dense_bias, w.norm2_weight, w.norm2_bias,
         hidden, local, narrow, wide, gap, n_rows,
         D=channels, TAPS=w.narrow_weight.shape[-1], DILATION=wide_dilation, M=c.rows, CHUNK=min(c.chunk, channels),
         STAGES=c.stages, DESCRIPTORS=c.descriptors, PRECISION=precision, KEEP_HIDDEN=keep_hidden,

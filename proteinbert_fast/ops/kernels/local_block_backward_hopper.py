@@ -28,6 +28,7 @@ from proteinbert_fast.ops.kernels.local_block_hopper import (
     open_ring,
     open_tile,
     planes_layout,
+    thread_barrier,
     unsupported,
     weight_layout,
 )
@@ -67,7 +68,7 @@ def convolution_gradient_hopper_kernel(
         d_sum.to(gl.float32),  gradient, W_TILES, ring, full, 0, 0, 1, TAPS, D, M, CHUNK, STAGES, STEPS
     )  # fmt: skip
     # The wide convolution's gradient takes the place of the narrow one's, which every warp is now done with.
-    gl.thread_barrier()
+    thread_barrier()
     load_tile(D_WIDE, gradient, first_row, left, TAPS // 2 * DILATION, D, M, HALO)
     total = multiply(
         total, gradient, W_TILES, ring, full, TAPS * PER_TAP, 0, DILATION, TAPS, D, M, CHUNK, STAGES, STEPS
@@ -76,9 +77,9 @@ def convolution_gradient_hopper_kernel(
     # Leaves by shared memory, 16 bytes at a time.
     PLANES: gl.constexpr = planes_layout(2 * M, D)
     tile = gradient.index(0)._reinterpret(dtype, [2 * M, D], PLANES).slice(0, M, 0)
-    gl.thread_barrier()
+    thread_barrier()
     tile.store(total.to(dtype))
-    gl.thread_barrier()
+    thread_barrier()
     COPY: gl.constexpr = copying_layout(M, D, WARPS)
     rows = gl.arange(0, M, layout=gl.SliceLayout(1, COPY))
     places = rows[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, COPY))[None, :]
@@ -144,7 +145,7 @@ def weight_gradient_hopper_kernel(
         async_copy.wait_group(STAGES - 3)
         fence_async_shared()
         # Behind it, every warp has also waited for the products of the step before last, whose stage is filled below.
-        gl.thread_barrier()
+        thread_barrier()
         # One instruction's 16 rows at a time: further on within a view, Triton gives matrix descriptors a base offset,
         # which without swizzling has no meaning.
         for row in gl.static_range(0, K, 16):

@@ -5,6 +5,8 @@ copy. Written in Gluon, Triton's lower level, where shared memory and its barrie
 first used.
 """
 
+import re
+
 import torch
 import triton
 from torch import Tensor
@@ -27,6 +29,15 @@ from proteinbert_fast.ops.kernels.launching import ANY_BATCH
 from proteinbert_fast.ops.kernels.local_block import HopperConfiguration
 from proteinbert_fast.ops.reference import LocalBlockWeights
 
+try:
+    from triton.experimental.gluon.language import barrier
+except ImportError:  # Triton 3.6 has the other name.
+    from triton.experimental.gluon.language import thread_barrier as barrier
+
+# Jitted functions may use Gluon's own functions as globals, whatever the name.
+thread_barrier = barrier
+# Releases with views that begin at any row of a tile: newer ones refuse a view larger than the one it is made from.
+TRITONS = ((3, 6), (3, 7))
 CHANNELS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 # Rows of a tile's halo in shared memory, above and below together.
@@ -145,7 +156,7 @@ def load_tile(X, x, first_row, left, REACH: gl.constexpr, D: gl.constexpr, M: gl
     async_copy.commit_group()
     async_copy.wait_group(0)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
 
 
 @gluon.jit
@@ -259,10 +270,10 @@ def local_block_hopper_kernel(
 
     # x is done with. What replaces it is read back from there, too: to keep it in registers would spill others.
     tile = planes.slice(0, M, 0)
-    gl.thread_barrier()
+    thread_barrier()
     tile.store(gl.where(inside, hidden, 0.0).to(dtype))
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     in_batch = (rows < left)[:, None]
     if KEEP_HIDDEN:
         gl.store(HIDDEN + first_row * D + places, tile.load(COPY), mask=in_batch)
@@ -274,9 +285,9 @@ def local_block_hopper_kernel(
         tile.load(SUM).to(gl.float32) + gelu(total, False), _vector(NORM2_WEIGHT, SUM, D),
         _vector(NORM2_BIAS, SUM, D), D, EPSILON,
     )  # fmt: skip
-    gl.thread_barrier()
+    thread_barrier()
     tile.store(gl.where(inside, local, 0.0).to(dtype))
-    gl.thread_barrier()
+    thread_barrier()
     gl.store(LOCAL + first_row * D + places, tile.load(COPY), mask=in_batch)
     close_ring(full, STAGES)
 
@@ -294,6 +305,12 @@ def configuration(channels: int, dtype: torch.dtype = torch.bfloat16) -> HopperC
     return HopperConfiguration(rows=128, chunk=64, warps=8, stages=3 if channels == 128 else 6, registers=128)
 
 
+def release(version: str) -> tuple[int, int]:
+    """(3, 7) of "3.7.1" or "3.7.1+git123abc"; (0, 0) of what names no release."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
 def unsupported(channels: int, dtype: torch.dtype, taps: int, wide_dilation: int, gap: int) -> str | None:
     """Why this kernel cannot run these sizes with the installed Triton, or None when it can.
 
@@ -304,8 +321,12 @@ def unsupported(channels: int, dtype: torch.dtype, taps: int, wide_dilation: int
         wide_dilation: rows between the taps of the wide one.
         gap: zero rows before the first protein.
     """
-    if not triton.__version__.startswith("3.6."):
-        return f"triton is {triton.__version__}; 3.6 is the version whose views may begin at any row of a tile"
+    if release(triton.__version__) not in TRITONS:
+        wanted = " and ".join(f"{major}.{minor}" for major, minor in TRITONS)
+        return (
+            f"triton is {triton.__version__}; only {wanted} allow views that begin at any row of a tile, "
+            "which the portable kernels do without"
+        )
     if channels not in CHANNELS:
         return f"d_local is {channels}, not {' or '.join(map(str, CHANNELS))}"
     if dtype not in DTYPES:
@@ -321,8 +342,11 @@ def unsupported(channels: int, dtype: torch.dtype, taps: int, wide_dilation: int
 
 def weight_stream(weights: LocalBlockWeights, dtype: torch.dtype) -> Tensor:
     """All that the kernel multiplies by, in the order of use: ((2 * taps + 1) * D, D), each (in, out)."""
-    w = weights
-    parts = [w.narrow_weight.permute(2, 1, 0), w.wide_weight.permute(2, 1, 0), w.dense_weight.t()[None]]
+    return _weight_stream(weights.narrow_weight, weights.wide_weight, weights.dense_weight, dtype)
+
+
+def _weight_stream(narrow: Tensor, wide: Tensor, dense: Tensor, dtype: torch.dtype) -> Tensor:
+    parts = [narrow.permute(2, 1, 0), wide.permute(2, 1, 0), dense.t()[None]]
     return torch.cat([part.to(dtype) for part in parts]).flatten(0, 1)
 
 
@@ -349,6 +373,8 @@ def launch(
     """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    from proteinbert_fast.ops.prepared import prepared
+
     n_rows, channels = x.shape
     reason = unsupported(channels, x.dtype, weights.narrow_weight.shape[-1], wide_dilation, gap)
     if reason:
@@ -359,7 +385,8 @@ def launch(
     local[:gap] = 0
     hidden[:gap] = 0
     w, c = weights, chosen
-    tiles = TensorDescriptor.from_tensor(weight_stream(w, x.dtype), [c.chunk, channels], weight_layout())
+    stream = prepared(_weight_stream, w.narrow_weight, w.wide_weight, w.dense_weight, key=(x.dtype,))
+    tiles = TensorDescriptor.from_tensor(stream, [c.chunk, channels], weight_layout())
     local_block_hopper_kernel[(triton.cdiv(n_rows - gap, c.rows),)](
         x, tiles, broadcast.contiguous(), segments, w.narrow_bias, w.wide_bias, w.norm1_weight, w.norm1_bias,
         w.dense_bias, w.norm2_weight, w.norm2_bias, hidden, local, narrow, wide, gap, n_rows,

@@ -12,6 +12,7 @@ from proteinbert_fast.ops.kernels.activations import LOG2_E
 from proteinbert_fast.ops.kernels.launching import ANY_BATCH, capability_of, has_matrix_units, padded
 from proteinbert_fast.ops.losses import compute_dtype, define_annotation_loss, define_token_loss
 from proteinbert_fast.ops.precision import product_precision
+from proteinbert_fast.ops.prepared import in_dtype
 
 _STRIPS = 512  # programs that share out the rows of a backward pass, at most
 _SLOPES_AT_ONCE = 1 << 24
@@ -177,7 +178,7 @@ def _token_forward(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, wei
     logs, found = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
     if len(x):
         token_loss_kernel[(triton.cdiv(len(x), m),)](
-            x.contiguous(), weight.to(x.dtype).contiguous(), bias, targets.contiguous(), weights.contiguous(), logs,
+            x.contiguous(), in_dtype(weight, x.dtype), bias, targets.contiguous(), weights.contiguous(), logs,
             found, len(x), len(weight), K=x.shape[1], M=m, C=padded(len(weight)), CHUNK=chunk, PRECISION=precision,
             num_warps=4, num_stages=3,
         )  # fmt: skip
@@ -221,7 +222,7 @@ def _annotation_forward(
     sums = x.new_empty(grid[1], len(x), dtype=torch.float32)
     if len(x):
         annotation_loss_kernel[grid](
-            x.contiguous(), weight.to(x.dtype).contiguous(), bias, _as_numbers(targets), weights.contiguous(),
+            x.contiguous(), in_dtype(weight, x.dtype), bias, _as_numbers(targets), weights.contiguous(),
             x if term_weights is None else term_weights.contiguous(), sums, len(x), len(weight),
             HAS_TERM_WEIGHTS=term_weights is not None, K=x.shape[1], M=m, N=n, CHUNK=chunk, PRECISION=precision,
             num_warps=8, num_stages=3,

@@ -10,7 +10,8 @@ from torch import Tensor
 from proteinbert_fast.ops.kernels.global_attention import SPAN, SpanSums, add_spans
 from proteinbert_fast.ops.kernels.launching import ANY_BATCH
 from proteinbert_fast.ops.operators import operator
-from proteinbert_fast.packing import PackedBatch, cut_into_spans
+from proteinbert_fast.packing import PackedBatch
+from proteinbert_fast.spans import cut_into_spans
 
 _ROWS, _COLUMNS = 32, 128
 

@@ -2,6 +2,9 @@
 
     make compile-gate
 
+``--brief`` compiles bfloat16 of the published width for three chips, ``--hopper`` only the kernels written for Hopper,
+which another version of Triton can break on its own.
+
 What a budget guards: registers spilled to memory (LDL), shared memory beyond the chip's, products that lost the
 matrix units or, on Hopper, lost wgmma or had it serialised, and a compiler fault that leaves 32 registers. What is
 compiled is what the host code launches on such a GPU. A compiler assertion ends the process: it costs one target.
@@ -200,6 +203,15 @@ def hopper_targets() -> list[Target]:
         if (name != "weight_gradient_hopper" or d_local == 128)
         and portable_because(90, d_local, getattr(torch, dtype)) is None
     ]
+
+
+def why_no_hopper() -> str | None:
+    """What keeps the kernels for Hopper from the published sizes here, or None where nothing does."""
+    import torch
+
+    from proteinbert_fast.ops.kernels.local_block import portable_because
+
+    return portable_because(90, 128, torch.bfloat16)
 
 
 class Launch(NamedTuple):
@@ -433,18 +445,32 @@ def compile_apart(*wanted: Target) -> list[dict[str, Any]]:
     # Between them, what the compiler says of code that it fails on.
     found: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
     if len(found) < len(wanted):
-        found.append({"crashed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]})
+        found.append({"crashed": cause(done.stderr) or f"exit code {done.returncode}"})
     rest = wanted[len(found) :]
     return found + (compile_apart(*rest) if rest else [])
 
 
+def cause(said: str) -> str:
+    """The line of a process's last words that tells why it ended: the first error of a chain, else the last line."""
+    # Triton wraps an error in one for each call on the way, with pictures of source code between them.
+    errors = re.findall(r"^(?!.*: at \d+:\d+:$)[\w.]*(?:Error|Exception)\b[:(].+$", said, re.MULTILINE)
+    return (errors or re.findall(r"^.*\w.*$", said, re.MULTILINE)[-1:] or [""])[0]
+
+
 def main(arguments: Sequence[str]) -> int:
-    is_brief = list(arguments) == ["--brief"]
-    if arguments and not is_brief:
+    chosen = {
+        (): targets,
+        ("--brief",): lambda: [t for t in targets() if (t.capability, t.dtype, t.d_local) in BRIEF],
+        ("--hopper",): hopper_targets,
+    }.get(tuple(arguments))
+    if chosen is None:
         for target in json.loads(arguments[0]):
             print(json.dumps(compile_here(Target(**target))), flush=True)
         return 0
-    wanted = [t for t in targets() if not is_brief or (t.capability, t.dtype, t.d_local) in BRIEF]
+    wanted = chosen()
+    if not wanted:
+        print(f"FAIL nothing to compile: {why_no_hopper()}")
+        return 1
     # To start a process takes as long as to compile two targets. Neighbours take alike long, so they are dealt out.
     n = os.cpu_count() or 1
     with ThreadPoolExecutor(n) as pool:

@@ -32,6 +32,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import constexpr
 
+from proteinbert_fast.ops.kernels.local_block_hopper import thread_barrier
+
 SHARED_MEMORY = 227 * 1024
 WRITTEN, FENCED, VISIBLE = 2, 1, 0  # of numbers in shared memory, to products
 
@@ -285,7 +287,7 @@ class Gluon:
             float32=torch.float32, float16=torch.float16, int32=torch.int32, int64=torch.int64, constexpr=gl.constexpr,
             program_id=lambda axis: torch.tensor(p.number, dtype=torch.int32), num_warps=lambda: p.warps,
             static_range=range, allocate_shared_memory=allocate, arange=arange, load=load, store=store,
-            thread_barrier=barrier, zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+            zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             sum=lambda x, axis: x.sum(axis), rsqrt=torch.rsqrt, where=lambda c, a, b: torch.where(c, a, b),
             maximum=pair(torch.maximum), minimum=pair(torch.minimum),
         )  # fmt: skip
@@ -374,7 +376,8 @@ class Gluon:
 
         self.replaced = {
             id(gl): self.language, id(async_copy): self.async_copy, id(mbarrier): self.mbarrier, id(tma): self.tma,
-            id(fence_async_shared): fence, id(warpgroup_mma): product, id(warpgroup_mma_wait): product_wait,
+            id(thread_barrier): barrier, id(fence_async_shared): fence, id(warpgroup_mma): product,
+            id(warpgroup_mma_wait): product_wait,
         }  # fmt: skip
 
 

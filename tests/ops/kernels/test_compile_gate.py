@@ -1,6 +1,10 @@
 """The gate itself: planted faults fail it, what is shipped passes. `make compile-gate` runs it over everything."""
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,12 +12,14 @@ from typing import Any
 import pytest
 import triton
 
+from . import compile_gate
 from .compile_gate import (
     BACKWARD,
     FORWARD,
     LOSSES,
     SUMS,
     Target,
+    cause,
     compile_apart,
     faults,
     hopper_targets,
@@ -96,6 +102,43 @@ def test_every_kernel_is_in_the_gate():
 def test_a_planted_regression_of_the_kernels_for_hopper_fails(kernel, changes, says):
     target = planted(changes, kernel)
     assert any(says in line for line in faults(target, compiled()[repr(target)]))
+
+
+def test_kernels_for_hopper_are_compiled_with_the_releases_that_run_them():
+    assert bool(hopper_targets()) == bool(re.match(r"3\.[67]\.", triton.__version__))
+
+
+def test_a_gate_for_hopper_that_compiles_nothing_fails(monkeypatch, capsys):
+    """Gluon under another name again would otherwise pass, since the portable kernels run then."""
+    portable = sys.modules["proteinbert_fast.ops.kernels.local_block"]
+    monkeypatch.setattr(portable, "portable_because", lambda *_: "triton 3.7.9 has another Gluon")
+    assert compile_gate.main(["--hopper"]) == 1
+    assert capsys.readouterr().out == "FAIL nothing to compile: triton 3.7.9 has another Gluon\n"
+
+
+@pytest.mark.skipif(not hopper_targets(), reason="this version of Triton cannot compile the kernel")
+def test_a_name_that_gluon_lacks_fails(tmp_path):
+    code = """
+from proteinbert_fast.ops.kernels.local_block_hopper import load_tile
+from tests.ops.kernels.compile_gate import Target, compile_here
+source = load_tile.src.replace("    thread_barrier()", "    gl.barrier_of_threads()")
+assert source != load_tile.src
+load_tile._unsafe_update_src(source)
+compile_here(Target("convolution_gradient_hopper", 90, "bfloat16", 128))
+"""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode != 0
+    assert "has no attribute 'barrier_of_threads'" in cause(done.stderr)
+
+
+def test_what_ended_a_process_is_told_in_a_line():
+    picture = "lib.CompilationError: at 7:4:\ndef f(): ...\n    ^\n"
+    for error in ("AttributeError: no x", "AttributeError('no x')"):
+        for said in (f"{error}\n\nThe above\n{picture}", f"{picture}{error}\n\nThe above\n{picture}"):
+            assert cause(f"a warning\nTraceback\n  File ...\n{said}") == error
+    assert cause("python: layout.cpp:77: Assertion `false' failed.\nAborted\n") == "Aborted"
+    assert cause("") == ""
 
 
 def test_a_missing_barrier_fails():

@@ -75,6 +75,14 @@ def test_padded_is_the_next_power_of_two():
     assert padded(27, 32) == 32
 
 
+def test_compile_asks_for_the_capability_without_a_warning(monkeypatch):
+    """A warning of what users cannot change, and an error in a program that takes warnings for errors."""
+    monkeypatch.setattr(launching, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
+    compiled = torch.compile(lambda x: x + launching.capability(1), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(2)).tolist() == [91, 91]
+
+
 @pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120, 121])
 @pytest.mark.parametrize("dtype", launching.DTYPES, ids=str)
 @pytest.mark.parametrize("n_global", [512, 1024])

@@ -290,7 +290,7 @@ PLANTED_WEIGHTS = {
     "no mask at the gradient's end": ("(rows < left)[:, None],\n", "(rows < K)[:, None],\n", "outside its array"),
     "a wait too short": ("wait_group(STAGES - 3)", "wait_group(STAGES - 2)", "still writing"),
     "no fence": ("fence_async_shared()\n        #", "#", "no fence and barrier"),
-    "no barrier": ("gl.thread_barrier()\n        # One", "# One", "no fence and barrier"),
+    "no barrier": ("thread_barrier()\n        # One", "# One", "no fence and barrier"),
     "a stage filled too early": ("(STAGES - 2), begin", "(STAGES - 1), begin", None),
     "products of one step too many": ("num_outstanding=3", "num_outstanding=9", "still writing|operands changed"),
     "a halo too short": ("DILATION, D, K, HALO)\n    async", "DILATION, D, K, HALO // 2)\n    async", None),

@@ -1,6 +1,7 @@
 """The local block for Hopper: emulated on the CPU everywhere, and on the chip where there is one."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from proteinbert_fast.config import LAYER_NORM_EPS
 from proteinbert_fast.errors import BackendError
@@ -23,7 +27,7 @@ from proteinbert_fast.ops.kernels.local_block import HopperConfiguration, implem
 from proteinbert_fast.ops.reference import LocalBlockWeights
 
 from .conftest import IS_INTERPRETED
-from .gluon_emulator import Descriptor, Emulated, EmulationError, Pointer, run
+from .gluon_emulator import Descriptor, Emulated, EmulationError, Gluon, Pointer, Program, run
 from .test_operations import TOLERANCE, Case, close, config_of
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.slow]
@@ -250,7 +254,7 @@ PLANTED = {
     "no mask for stores": ("in_batch = (rows < left)", "in_batch = (rows < M)", "outside its array"),
     "no wait for x": ("async_copy.wait_group(0)", "async_copy.wait_group(1)", "still writing|nobody waited"),
     "no fence after x": ("wait_group(0)\n    fence_async_shared()", "wait_group(0)", "no fence and barrier"),
-    "no barrier after hidden states": ("gl.thread_barrier()\n    in_batch", "in_batch", "no fence and barrier"),
+    "no barrier after hidden states": ("thread_barrier()\n    in_batch", "in_batch", "no fence and barrier"),
     "no fence after barriers": ("fence_async_shared()\n    for", "for", "no fence between"),
     "results beyond the end": ("(at < left)[:, None])\n    res", "(at < M)[:, None])\n    res", "outside its array"),
     "the wide result for the narrow one": ("store(WIDE", "store(NARROW", None),
@@ -303,8 +307,22 @@ def test_what_is_unsupported_is_told(monkeypatch):
     assert "8 taps" in told(128, torch.bfloat16, 8, 5, 20)
     assert implementation(90, 128, torch.bfloat16) == "hopper (the tile of x stays in shared memory)"
     assert implementation(80, 128, torch.bfloat16) == "portable (the compute capability is 8.0, not 9.0)"
-    monkeypatch.setattr(triton, "__version__", "3.9.0")
-    assert implementation(90, 128, torch.bfloat16).startswith("portable (triton is 3.9.0; 3.6 is")
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.6.0+git9844da95", "3.7.0", "3.7.1", "3.7.1+gitabc"])
+def test_it_runs_under(version, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", version)
+    assert implementation(90, 128, torch.bfloat16).startswith("hopper (")
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "3.8.0", "3.10.0", "3.60.0", "3.70.1", "4.6.0", "13.6.0", "3", "unknown"])
+def test_under_another_triton_the_portable_kernel_runs_and_says_why(version, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", version)
+    says = f"triton is {version}; only 3.6 and 3.7 allow views that begin at any row of a tile"
+    assert implementation(90, 128, torch.bfloat16).startswith(f"portable ({says}, which the portable kernels do")
+    case = Case(config_of(128), (5,), torch.bfloat16, CPU)
+    with pytest.raises(BackendError, match=f"the local block for Hopper: {re.escape(says)}"):
+        launched(case)
 
 
 def test_once_distrusted_it_does_not_run_again(monkeypatch):
@@ -327,6 +345,31 @@ def test_another_gluon_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, local_block_hopper.__name__, None)
     monkeypatch.delattr(sys.modules["proteinbert_fast.ops.kernels"], "local_block_hopper")
     assert "has another Gluon" in (portable_because(90, 128, torch.bfloat16) or "")
+
+
+def test_the_emulator_has_no_name_that_gluon_lacks():
+    """Else it would run a kernel that the installed Triton cannot compile."""
+    emulated = Gluon(Program(0, 8))
+    for module, stand_in in (
+        (gl, emulated.language), (async_copy, emulated.async_copy), (mbarrier, emulated.mbarrier), (tma, emulated.tma),
+    ):  # fmt: skip
+        assert [name for name in vars(stand_in) if not hasattr(module, name)] == []
+
+
+@pytest.mark.parametrize("name", ["barrier", "thread_barrier"])
+def test_a_barrier_under_its_name_in_one_triton_is_found(name, tmp_path):
+    """Kernels name it by ``thread_barrier`` of their module, which either Triton has."""
+    module = changed(local_block_hopper, "    thread_barrier()", f"    gl.{name}()", tmp_path)
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
+        emulate(Case(config_of(128), (5,), torch.bfloat16, CPU), module=module)
+
+
+def test_a_gluon_without_the_barrier_is_told(monkeypatch):
+    monkeypatch.delitem(sys.modules, local_block_hopper.__name__)
+    monkeypatch.delattr(sys.modules["proteinbert_fast.ops.kernels"], "local_block_hopper")
+    for name in ("barrier", "thread_barrier"):
+        monkeypatch.delattr(gl, name, raising=False)
+    assert "has another Gluon: cannot import name 'thread_barrier'" in (portable_because(90, 128, torch.bfloat16) or "")
 
 
 def test_importing_the_kernels_leaves_gluon_alone():

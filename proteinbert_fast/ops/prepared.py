@@ -1,0 +1,318 @@
+"""Weights as kernels take them, made once and kept for as long as the weights stay what they were.
+
+Kernels want convolutions' taps in another order, and matrices in the dtype that they compute in. In evaluation mode
+without gradients weights rarely change, so what was made of them is kept, at most once each. It is made again when a
+weight has been written to or replaced.
+
+How a weight is recognized: it is the same tensor (a weak reference says so, so that an address that is used again never
+passes for it), of the same storage (another weak reference), place in it and layout, and of the same version, which
+PyTorch counts up with every write in place. Not by storage and version alone: versions belong to tensors, and
+``weight.data`` or a view that compiled code makes is another tensor over the same storage, counted from 0.
+
+Some writes are not counted: those through ``weight.data``, those of PyTorch's own fused optimizers, and those of
+kernels and replayed graphs. So nothing is kept in training mode or where gradients are enabled; the step of any
+``torch.optim.Optimizer`` drops what was made of its parameters; and so do ``train``, ``eval``, ``load_state_dict``,
+``to`` and forward passes with gradients of a model. ``forget_prepared_weights`` is for whatever else writes.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class _Thread(threading.local):
+    """What holds for the calls of one thread."""
+
+    may_reuse = False
+    recorded: "list[Prepared] | None" = None
+
+
+_thread = _Thread()
+# Reentrant: what is prepared may be made of what is prepared.
+_lock = threading.RLock()
+_kept: "dict[Hashable, Prepared]" = {}
+# Those that CUDA graphs read too, which hold them for themselves.
+_known: "weakref.WeakValueDictionary[Hashable, Prepared]" = weakref.WeakValueDictionary()
+_hooks: list[object] = []
+
+
+class _Source:
+    """A tensor that something was made of, as it was before.
+
+    Attributes:
+        tensor: a weak reference.
+        storage: a weak reference too. It keeps the memory of no weight, but the storage's own address from being used
+            again.
+        place: of the tensor in its storage, and its layout.
+        version: PyTorch's count of writes in place.
+    """
+
+    __slots__ = ("place", "storage", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, when_gone: Callable[[object], object]) -> None:
+        self.tensor = weakref.ref(tensor, when_gone)
+        self.storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        self.place = _place(tensor)
+        self.version = tensor._version
+
+
+class Prepared:
+    """What was made of weights.
+
+    Attributes:
+        value: the tensor; the same one for good, because CUDA graphs read it.
+    """
+
+    __slots__ = ("__weakref__", "_event", "_is_stale", "_key", "_make", "_sources", "_stream", "value")
+
+    def __init__(
+        self,
+        make: Callable[..., Tensor],
+        key: tuple[Hashable, ...],
+        sources: tuple[Tensor, ...],
+        when_gone: Callable[[object], object],
+    ) -> None:
+        self._make, self._key = make, key
+        # Versions from before: a write by another thread meanwhile must not go unnoticed.
+        self._sources = [_Source(tensor, when_gone) for tensor in sources]
+        self._is_stale = False
+        self.value = self._made(sources)
+        self._note_stream()
+
+    def _made(self, sources: tuple[Tensor, ...]) -> Tensor:
+        # A buffer made in inference mode could not be written outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._make(*sources, *self._key)
+
+    def _note_stream(self) -> None:
+        self._stream = _current_stream(self.value.device)
+        self._event = None if self._stream is None else self._stream.record_event()
+
+    def sources(self) -> tuple[Tensor, ...] | None:
+        """What it was made of; None if any of that is gone or has moved."""
+        found = []
+        for source in self._sources:
+            tensor = source.tensor()
+            if tensor is None or _place(tensor) != source.place:
+                return None
+            found.append(tensor)
+        return tuple(found)
+
+    def is_stale(self) -> bool:
+        """Whether a source was, or may have been, written to since."""
+        return self._is_stale or any(
+            tensor is None or tensor._version != source.version
+            for source in self._sources
+            for tensor in (source.tensor(),)
+        )
+
+    def renew(self, sources: tuple[Tensor, ...]) -> None:
+        """Makes it again, in place.
+
+        Whoever wrote to the weights has done so after all that read them: other kernels do as well, without a copy. So
+        nobody on any stream still reads the old numbers. Where nothing was written, the new numbers are the old ones.
+
+        Args:
+            sources: as ``sources`` gives them.
+        """
+        versions = [tensor._version for tensor in sources]
+        value = self._made(sources)
+        with torch.inference_mode(False), torch.no_grad():
+            self.value.copy_(value)
+        for source, version in zip(self._sources, versions, strict=True):
+            source.version = version
+        self._is_stale = False
+        self._note_stream()
+
+    def wait(self) -> torch.cuda.Stream | None:
+        """The current stream may read it, whichever stream made it; returns the current one if that is another."""
+        stream = _current_stream(self.value.device)
+        if stream is None or self._event is None or stream == self._stream:
+            return None
+        stream.wait_event(self._event)
+        return stream
+
+    def lend(self) -> Tensor:
+        """The tensor, for the current stream to read."""
+        if (stream := self.wait()) is not None:
+            # Its memory must not be given away before this stream is through.
+            self.value.record_stream(stream)
+        return self.value
+
+    def expire(self) -> None:
+        """It is made again before it is next used."""
+        self._is_stale = True
+
+    def is_made_of(self, storages: set[int]) -> bool:
+        """Whether any of these storages has one of its sources."""
+        return any(source.storage.cdata in storages for source in self._sources)
+
+
+def prepared(make: Callable[..., Tensor], *sources: Tensor, key: tuple[Hashable, ...] = ()) -> Tensor:
+    """``make(*sources, *key)``, or what that call gave before.
+
+    Made without being kept where ``reusing`` does not say otherwise, of tensors whose writes are not counted (those of
+    inference mode, fake and wrapped ones), and in CUDA graphs other than those of ``recording``: nothing would renew
+    what they read, so such a graph makes it in every replay.
+
+    Args:
+        make: a function of a module, of its arguments alone. Its result shares no memory with them.
+        sources: weights.
+        key: whatever else the result depends on.
+    """
+    if not _thread.may_reuse or not all(map(_has_versions, sources)):
+        return make(*sources, *key)
+    is_capturing = _is_capturing(sources[0].device)
+    if is_capturing and _thread.recorded is None:
+        return make(*sources, *key)
+    at = (make, key, *map(id, sources))
+    with _lock:
+        found = _known.get(at)
+        # Another tensor may have the address of one that is gone: then the weak reference is dead.
+        if found is None or found.sources() is None:
+            if is_capturing:
+                return make(*sources, *key)
+            if not _hooks:
+                _hooks.append(register_optimizer_step_post_hook(_after_step))
+            found = Prepared(make, key, sources, lambda _: _kept.pop(at, None))
+            _known[at] = found
+        elif found.is_stale():
+            if is_capturing:
+                return make(*sources, *key)
+            found.renew(sources)
+        _kept[at] = found
+        if not is_capturing:
+            return found.lend()
+        assert _thread.recorded is not None
+        _thread.recorded.append(found)
+        return found.value
+
+
+def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in another dtype, contiguous; itself where it is that already."""
+    if weight.dtype == dtype and weight.is_contiguous():
+        return weight
+    return prepared(_in_dtype, weight, key=(dtype,))
+
+
+def _in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype).contiguous()
+
+
+def reusing(allowed: bool) -> AbstractContextManager[None]:
+    """Whether ``prepared`` keeps results and gives them again, for calls of this thread inside.
+
+    Compiled code does not: it may call operators with other tensors over a weight's storage.
+
+    Args:
+        allowed: only for what wants no gradients.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _reusing(allowed)
+
+
+@contextmanager
+def _reusing(allowed: bool) -> Iterator[None]:
+    before, _thread.may_reuse = _thread.may_reuse, allowed
+    try:
+        yield
+    finally:
+        _thread.may_reuse = before
+
+
+@contextmanager
+def recording() -> Iterator[list[Prepared]]:
+    """For a graph that is captured inside: the list of what it reads, for ``renewed``. To be held as long as it."""
+    before, _thread.recorded = _thread.recorded, []
+    try:
+        yield _thread.recorded
+    finally:
+        _thread.recorded = before
+
+
+def renewed(recorded: Iterable[Prepared]) -> bool:
+    """Brings what a graph reads up to date, in place.
+
+    To be called on the stream that is to replay it, after all earlier replays.
+
+    Returns:
+        False if a weight is gone or has moved, so that the graph must be captured again.
+    """
+    with _lock:
+        for each in recorded:
+            if (sources := each.sources()) is None:
+                return False
+            if each.is_stale():
+                each.renew(sources)
+            else:
+                each.wait()
+    return True
+
+
+def forget(tensors: Iterable[Tensor] | None = None) -> None:
+    """Drops what was made of these tensors, or of any others over the same storages; of all tensors when None.
+
+    What CUDA graphs read stays, to be made again, in place, before the next replay.
+    """
+    if not _known:
+        return
+    storages = None if tensors is None else set(filter(None, map(_storage, tensors)))
+    with _lock:
+        for at, each in list(_known.items()):
+            if storages is None or each.is_made_of(storages):
+                each.expire()
+                _kept.pop(at, None)
+
+
+def forget_prepared_weights(model: nn.Module | None = None) -> None:
+    """Says that weights were written to in a way that PyTorch does not count.
+
+    To be called after writes through ``weight.data``, by kernels of one's own, or by a CUDA graph with an optimizer in
+    it, if the model is in evaluation mode and neither ``model.train()`` nor ``model.eval()`` is called before the next
+    forward pass. Without that, a forward pass on a GPU could still read copies of the old weights.
+
+    Args:
+        model: whose weights; those of all models when None.
+    """
+    forget(None if model is None else model.parameters())
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        forget(p for group in optimizer.param_groups for p in group["params"])
+
+
+def _has_versions(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in _PLAIN
+        and not tensor.is_inference()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _storage(tensor: Tensor) -> int | None:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:  # a subclass without one, which nothing is kept of
+        return None
+
+
+def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
