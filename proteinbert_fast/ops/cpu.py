@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from proteinbert_fast import _cpu_kernels
 from proteinbert_fast.config import ProteinBertConfig
 from proteinbert_fast.ops import reference
+from proteinbert_fast.ops.prepared import prepared
 from proteinbert_fast.ops.recompute import recomputed
 from proteinbert_fast.ops.reference import (
     Attended,
@@ -183,12 +184,29 @@ def _packed_local_block(
     weights: LocalBlockWeights, states: Tensor, takes_tokens: bool, wide_dilation: int, backward: bool
 ) -> _cpu_kernels.Packed:
     """Weights as this CPU's kernels take them; ``states`` are those of each token where the block takes tokens."""
+    key = (states.dtype, wide_dilation, backward, _cpu_kernels.instruction_set())
+    if takes_tokens:
+        return prepared(_pack_first_block, states, *weights, key=key)
+    return prepared(_pack_local_block, *weights, key=key)
+
+
+def _pack_first_block(states: Tensor, *weights_and_key: Any) -> _cpu_kernels.Packed:
     # Those of gaps too.
-    embedding = F.pad(states.detach(), (0, 0, 0, 1)).contiguous() if takes_tokens else None
-    factors = _in_dtype(weights, states.dtype)
+    return _pack(F.pad(states.detach(), (0, 0, 0, 1)).contiguous(), *weights_and_key)
+
+
+def _pack_local_block(*weights_and_key: Any) -> _cpu_kernels.Packed:
+    return _pack(None, *weights_and_key)
+
+
+def _pack(embedding: Tensor | None, *weights_and_key: Any) -> _cpu_kernels.Packed:
+    *parameters, dtype, wide_dilation, backward, _ = weights_and_key
+    weights = LocalBlockWeights(*parameters)
+    channels, _, taps = weights.narrow_weight.shape
+    factors = _in_dtype(weights, dtype)
     return _cpu_kernels.pack_local_block(
-        list(map(_address, factors)), _address(embedding), states.shape[1], weights.narrow_weight.shape[-1],
-        wide_dilation, backward, states.dtype == torch.bfloat16, torch.get_num_threads(),
+        list(map(_address, factors)), _address(embedding), channels, taps, wide_dilation, backward,
+        dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -414,6 +432,13 @@ def _packed_attention(
     key_weight: Tensor, value_weight: Tensor, n_heads: int, dtype: torch.dtype, backward: bool
 ) -> _cpu_kernels.Packed:
     """Weights as this CPU's kernels take them, for states of a dtype."""
+    key = (n_heads, dtype, backward, _cpu_kernels.instruction_set())
+    return prepared(_pack_attention, key_weight, value_weight, key=key)
+
+
+def _pack_attention(
+    key_weight: Tensor, value_weight: Tensor, n_heads: int, dtype: torch.dtype, backward: bool, _: str
+) -> _cpu_kernels.Packed:
     key_weight, value_weight = key_weight.to(dtype).contiguous(), value_weight.to(dtype).contiguous()
     return _cpu_kernels.pack_attention(
         key_weight.data_ptr(), value_weight.data_ptr(), key_weight.shape[1], n_heads,
