@@ -12,7 +12,7 @@ is that process; it prints a JSON line when a candidate begins and one when it h
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib import import_module
@@ -350,16 +350,30 @@ def write(machine: Any, found: dict[str, tuple[Any, ...]]) -> Path:
         earlier = dict(tuning.read(path, machine).configurations)
     except tuning.Unusable:
         earlier = {}
+    write_atomically(path, [(json.dumps(table(machine, found, earlier), indent=1) + "\n").encode()])
+    tuning.forget()
+    return path
+
+
+def table(
+    machine: Any, found: Mapping[str, tuple[Any, ...]], earlier: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a table's file holds.
+
+    Args:
+        machine: a `tuning.Machine`.
+        found: the configuration of each key, see `tuning.key_of`.
+        earlier: entries that stay where nothing else was found.
+    """
+    from proteinbert_fast.ops.kernels import tuning
+
     entries = {key: dict(zip(_fields(key), values, strict=True)) for key, values in found.items()}
-    table = {
+    return {
         "format": tuning.FORMAT,
         **machine._asdict(),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "configurations": earlier | entries,
+        "configurations": {**(earlier or {}), **entries},
     }
-    write_atomically(path, [(json.dumps(table, indent=1) + "\n").encode()])
-    tuning.forget()
-    return path
 
 
 def _fields(key: str) -> tuple[str, ...]:

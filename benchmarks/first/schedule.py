@@ -1,0 +1,103 @@
+"""What is asked of a GPU, the most valuable first: the order of `SCHEDULE`. Standard library only."""
+
+from dataclasses import asdict
+
+from benchmarks.first import verdicts
+from benchmarks.first.runner import Probe
+from benchmarks.first.verdicts import CHOSEN, GRADIENT, PORTABLE
+
+# By what a process checks: names, and whether the portable kernels run. A kernel that dies takes only these along.
+GROUPS: dict[str, tuple[tuple[str, ...], bool]] = {
+    "block": (("local_block", "local_block, hidden kept"), False),
+    "block-gradient": ((f"{GRADIENT}local_block",), False),
+    "model": ((*verdicts.WHOLE, *verdicts.APART), False),
+    "track": (("global_track", "global_track, last", "global_track, with weights", "message", "residue_mean"), False),
+    "track-gradient": ((f"{GRADIENT}global_track", f"{GRADIENT}global_track, last"), False),
+    "first-block": (("local_block, first", f"{GRADIENT}local_block, first"), False),
+    "heads": (("token head", "annotation head", f"{GRADIENT}token loss", f"{GRADIENT}annotation loss"), False),
+    "portable": (("local_block", "local_block, hidden kept", f"{GRADIENT}local_block"), True),
+}
+TUNED = ("local_block_hopper", "global_attention", "local_block_backward", "local_block", "local_block_backward_hopper",
+         "global_attention_backward")  # fmt: skip
+_PROBES = "benchmarks.first.probes"
+_CHECK_SECONDS = 90.0
+
+
+def _checks(precision: str) -> list[Probe]:
+    found = []
+    for group, (names, portable) in GROUPS.items():
+        kernels = PORTABLE if portable else CHOSEN
+        found.append(
+            Probe(
+                f"right-{group}-{precision}",
+                f"{_PROBES}.right",
+                _CHECK_SECONDS,
+                alone=False,
+                options={"precision": precision, "names": list(names), "portable": portable},
+                decides=tuple(verdicts.key_of(precision, kernels, name) for name in names),
+            )
+        )
+    return found
+
+
+def _self_check(precision: str) -> Probe:
+    return Probe(f"self-check-{precision}", f"{_PROBES}.selfcheck", _CHECK_SECONDS, alone=False,
+                 options={"precision": precision})  # fmt: skip
+
+
+def _timed(name: str, module: str, seconds: float, what: str, least: float = 15.0) -> Probe:
+    return Probe(name, f"{_PROBES}.{module}", seconds, least=least, options={"what": what})
+
+
+def _schedule() -> list[Probe]:
+    checks = [
+        Probe("versions", f"{_PROBES}.versions", 40, alone=False),
+        *_checks("bfloat16"),
+        _self_check("bfloat16"),
+        Probe("graphs-bfloat16", f"{_PROBES}.graphs", _CHECK_SECONDS, alone=False, options={"precision": "bfloat16"}),
+        *_checks("float16"),
+        _self_check("float16"),
+        _self_check("float32"),
+    ]
+    plain = [asdict(probe) for probe in checks]
+    tuned: list[Probe] = []
+    for timed in (False, True):
+        for kernel in TUNED:
+            options = {"kernel": kernel, "timed": timed}
+            name = f"tune-{kernel}" if timed else f"compile-{kernel}"
+            tuned.append(Probe(name, f"{_PROBES}.tuned", 60, alone=timed, options=options, least=20.0))
+    return [
+        *checks,
+        Probe("sanitizer", f"{_PROBES}.tools", 90, options={"what": "sanitizer", "probes": plain}),
+        _timed("device", "device", 45, "rates"),
+        _timed("forward", "passes", 60, "forward"),
+        _timed("training", "passes", 60, "training"),
+        _timed("kernels", "timed", 80, "kernels"),
+        _timed("gradients", "timed", 70, "gradients"),
+        _timed("profile", "passes", 50, "profile"),
+        _timed("dilations", "device", 40, "dilations"),
+        _timed("embed", "embed", 100, "embed", least=30.0),
+        _timed("counters", "tools", 110, "counters", least=30.0),
+        *tuned,
+    ]
+
+
+SCHEDULE = tuple(_schedule())
+
+
+def chosen(names: list[str]) -> list[Probe]:
+    """Probes by their names or the beginnings of names, in the schedule's order; all where none is given.
+
+    Raises:
+        ValueError: nothing has such a name.
+    """
+    for name in names:
+        if not any(probe.name.startswith(name) for probe in SCHEDULE):
+            raise ValueError(f"no probe is called {name!r}: --list shows all")
+    return [probe for probe in SCHEDULE if not names or any(probe.name.startswith(name) for name in names)]
+
+
+def table(probes: list[Probe]) -> str:
+    """For people: in which order, for how long, and what runs side by side."""
+    how = {True: "alone", False: "side by side"}
+    return "\n".join(f"{probe.name:40} at most {probe.seconds:4.0f} s, {how[probe.alone]}" for probe in probes)
