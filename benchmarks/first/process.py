@@ -77,13 +77,9 @@ class Context:
         """Whether there is a CUDA GPU, and not the interpreter."""
         return self.device is not None and self.device.type == "cuda"
 
-    def can_run(self, needs_gpu: bool) -> bool:
-        """Whether the probe can run here; a line says so where it cannot.
-
-        Args:
-            needs_gpu: the interpreter will not do.
-        """
-        if self.device is not None and (self.on_gpu or not needs_gpu):
+    def can_run(self) -> bool:
+        """Whether the probe can run here: on a GPU, or in the interpreter where that will do. A line says if not."""
+        if self.device is not None and (self.on_gpu or not self.job["needs_gpu"]):
             return True
         self.emit(None, note=NO_GPU)
         return False
@@ -192,12 +188,15 @@ def main() -> int:
         faulthandler.dump_traceback_later(job["seconds"] - 2)  # says where it hangs, before it is ended
     context = Context(job, descriptor)
     compiled = Compiled()
-    if job["options"].get("plain"):
-        import_module(job["module"]).run(context)
+    is_interpreted = os.environ.get("TRITON_INTERPRET", "0") not in {"", "0"}
+    if is_interpreted and job["needs_gpu"]:
+        context.emit(None, note=NO_GPU)  # before anything large is imported
         context.write({"done": True})
         return 0
-    _mend_interpreter()
-    compiled.watch()
+    if is_interpreted:
+        _mend_interpreter()
+    if not job["options"].get("plain"):
+        compiled.watch()
     try:
         import_module(job["module"]).run(context)
     except Exception as error:
@@ -213,8 +212,6 @@ def main() -> int:
 
 def _mend_interpreter() -> None:
     """Triton's interpreter computes bfloat16 wrongly; the tests know how to mend it."""
-    if os.environ.get("TRITON_INTERPRET", "0") in {"", "0"}:
-        return
     try:
         from tests.ops.kernels import interpreter
     except ImportError:

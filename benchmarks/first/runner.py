@@ -45,6 +45,7 @@ class Probe:
         seconds: it may take.
         alone: nothing runs beside it; for whatever is timed.
         least: seconds under which it is not worth beginning.
+        needs_gpu: Triton's interpreter will not do.
         options: for the module; what JSON can hold.
         decides: keys of `verdicts` that its lines must give; what is missing when it ends badly is wrong.
     """
@@ -54,6 +55,7 @@ class Probe:
     seconds: float
     alone: bool = True
     least: float = 10.0
+    needs_gpu: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     decides: tuple[str, ...] = ()
 
@@ -74,7 +76,7 @@ class _Process:
         self.probe, self.popen, self.mark, self.seconds = probe, popen, mark, seconds
         self.started = time.monotonic()
         self.rest = b""
-        self.printed = self.logged = self.garbage = self.wrong = 0
+        self.printed = self.logged = self.garbage = self.wrong = self.right = 0
         self.begun: str | None = None
         self.done: dict[str, Any] | None = None
         self.left: bytearray = bytearray()  # of standard error, beyond what goes to the log at once
@@ -151,7 +153,8 @@ class Runner:
         mark = f"{os.getpid()}.{self._count}.{time.time_ns()}"
         job = self._scratch / f"{self._count}.json"
         values = {"name": probe.name, "module": probe.module, "options": dict(probe.options), "tiny": self.tiny,
-                  "seconds": seconds, "so_far": self.so_far, "scratch": str(self._scratch)}  # fmt: skip
+                  "needs_gpu": probe.needs_gpu, "seconds": seconds, "so_far": self.so_far,
+                  "scratch": str(self._scratch)}  # fmt: skip
         job.write_text(json.dumps(values))
         try:
             popen = subprocess.Popen(
@@ -238,6 +241,7 @@ class Runner:
             values["characters"] = len(text)
         ok = values.get("ok")
         process.wrong += ok is False
+        process.right += ok is True
         if isinstance(key := values.get("decides"), str) and isinstance(ok, bool):
             self.so_far["verdicts"][key] = None if ok else str(values.get("found"))
         if isinstance(values.get("peaks"), dict):
@@ -308,13 +312,16 @@ class Runner:
         if end == "finished" and process.done is None:
             end = "exit code 0 before it was done"
         if process.left:
-            self.folder.log(f"[{process.probe.name}] [...]\n".encode() + bytes(process.left[-MOST_LOGGED // 2 :]) + b"\n")
+            last = bytes(process.left[-MOST_LOGGED // 2 :])
+            self.folder.log(f"[{process.probe.name}] [...]\n".encode() + last + b"\n")
         well = end == "finished"
         where = f", in {process.begun}" if process.begun and not well else ""
         more = {key: value for key, value in (process.done or {}).items() if key != "done"}
         if process.garbage:
             more["garbage"] = process.garbage
-        self._record(process.probe, end + where, well, well and not process.wrong, process, **more)
+        # Nothing wrong is not right where nothing was measured.
+        ok = (None if not process.right else True) if well and not process.wrong else False
+        self._record(process.probe, end + where, well, ok, process, **more)
 
     def _record(
         self, probe: Probe, end: str, well: bool, ok: bool | None, process: _Process | None = None, **more: Any

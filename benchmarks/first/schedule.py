@@ -46,7 +46,8 @@ def _self_check(precision: str) -> Probe:
 
 
 def _timed(name: str, module: str, seconds: float, what: str, least: float = 15.0) -> Probe:
-    return Probe(name, f"{_PROBES}.{module}", seconds, least=least, options={"what": what})
+    return Probe(name, f"{_PROBES}.{module}", seconds, least=least, needs_gpu=True,
+                 options={"what": what})  # fmt: skip
 
 
 def _schedule() -> list[Probe]:
@@ -65,10 +66,10 @@ def _schedule() -> list[Probe]:
         for kernel in TUNED:
             options = {"kernel": kernel, "timed": timed}
             name = f"tune-{kernel}" if timed else f"compile-{kernel}"
-            tuned.append(Probe(name, f"{_PROBES}.tuned", 60, alone=timed, options=options, least=20.0))
+            tuned.append(Probe(name, f"{_PROBES}.tuned", 60, alone=timed, least=20.0, needs_gpu=True, options=options))
     return [
         *checks,
-        Probe("sanitizer", f"{_PROBES}.tools", 90, options={"what": "sanitizer", "probes": plain}),
+        Probe("sanitizer", f"{_PROBES}.tools", 90, needs_gpu=True, options={"what": "sanitizer", "probes": plain}),
         _timed("device", "device", 45, "rates"),
         _timed("forward", "passes", 60, "forward"),
         _timed("training", "passes", 60, "training"),

@@ -18,7 +18,7 @@ DILATIONS = (5, 7, 8)
 
 def run(context: Context) -> None:
     """Rates, or the dilations of the wide convolution, as the options say."""
-    if context.can_run(needs_gpu=True):
+    if context.can_run():
         {"rates": rates, "dilations": dilations}[context.options["what"]](context)
 
 

@@ -17,7 +17,7 @@ PROTEINS = ROOT / "examples" / "proteins.fasta"
 
 def run(context: Context) -> None:
     """Lines for a first run with empty caches, for a second, and for how far both are from the CPU's numbers."""
-    if not context.can_run(needs_gpu=True):
+    if not context.can_run():
         return
     folder = context.scratch / f"embed-{os.getpid()}"
     folder.mkdir()

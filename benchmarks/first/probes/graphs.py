@@ -20,7 +20,7 @@ STAND_IN = "a stand-in: the interpreter has no CUDA graphs"
 
 def run(context: Context) -> None:
     """Lines for the first calls, for changed weights, and for the calls after that."""
-    if not context.can_run(needs_gpu=False):
+    if not context.can_run():
         return
     bench = context.bench()
     model = bench.model(context.precision.name)

@@ -15,7 +15,7 @@ _CHANGES: dict[str, Any] = {"matrix_sizes": (8192,), "batch_rows": (524_288, 2_2
 
 def run(context: Context) -> None:
     """What the options say: forward, training or profile."""
-    if not context.can_run(needs_gpu=True):
+    if not context.can_run():
         return
     what = context.options["what"]
     bench = context.bench(gradients=what != "forward", **{} if context.job["tiny"] else _CHANGES)

@@ -32,7 +32,7 @@ _RESULTS = {f"{verdicts.GRADIENT}local_block": ("x", "broadcast", *LocalBlockWei
 def run(context: Context) -> None:
     """A line per name in the options, with the largest error of each result."""
     names: list[str] = context.options["names"]
-    if not context.can_run(needs_gpu=False):
+    if not context.can_run():
         return
     kernels = verdicts.PORTABLE if context.options.get("portable") else verdicts.CHOSEN
     if kernels == verdicts.PORTABLE:
@@ -47,7 +47,7 @@ def run(context: Context) -> None:
     setting = checks.Setting(settings, precision, device, checks.exact_device(device))
     said = implementations(context, precision.name)["local_block"]
     pairs: list[tuple[Inputs, Inputs]] = []
-    with precision.active(), torch.inference_mode():
+    with precision.active():
         model = random_model(settings.config) if any(name in checks.MODEL_CHECKS for name in names) else None
         for name in names:
             context.begin(name)
@@ -69,7 +69,8 @@ def _check(
     if name in checks.MODEL_CHECKS:
         assert model is not None
         of_model: Callable[[checks.Setting, ProteinBert], Check] = checks.MODEL_CHECKS[name]
-        return of_model(setting, model)
+        with torch.inference_mode():
+            return of_model(setting, model)
     found = checks.check_operation(setting, operation(name), pairs)
     errors += found.errors
     return found.check

@@ -11,7 +11,7 @@ from proteinbert_fast.config import ProteinBertConfig
 
 def run(context: Context) -> None:
     """A line with its verdict and seconds, forward and gradients."""
-    if not context.can_run(needs_gpu=False):
+    if not context.can_run():
         return
     device = context.device
     assert device is not None

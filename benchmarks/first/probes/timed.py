@@ -9,7 +9,7 @@ from proteinbert_fast.benchmark.gpu.sections import kernels
 
 def run(context: Context) -> None:
     """A line each, as soon as it is timed."""
-    if not context.can_run(needs_gpu=True):
+    if not context.can_run():
         return
     gradients = context.options["what"] == "gradients"
     bench = context.bench(gradients)

@@ -39,7 +39,7 @@ def run(context: Context) -> None:
     what = context.options["what"]
     if what == "sanitizer":
         sanitize(context)
-    elif context.can_run(needs_gpu=True):
+    elif context.can_run():
         {"counters": count, "once": once}[what](context)
 
 
@@ -84,7 +84,7 @@ def sanitize(context: Context) -> None:
     if not failed:
         context.emit(True, check="sanitizer", found="no check failed: nothing to look for")
         return
-    if not context.can_run(needs_gpu=not context.job["tiny"]):
+    if not context.can_run():
         return
     if shutil.which(_SANITIZER[0]) is None:
         context.emit(None, check="sanitizer", note=f"not measured: no {_SANITIZER[0]} on PATH")

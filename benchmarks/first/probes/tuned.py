@@ -38,7 +38,7 @@ def chosen(job: tune.Job, capability: int) -> list[tuple[Any, ...]]:
 
 def run(context: Context) -> None:
     """A line per configuration; when timed, the table of those that gained, as the tuner writes it."""
-    if not context.can_run(needs_gpu=True):
+    if not context.can_run():
         return
     bench = context.bench(gradients=True)
     job = tune.Job(context.options["kernel"], context.precision.name, bench.settings.config.d_local)

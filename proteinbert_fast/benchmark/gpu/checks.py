@@ -138,14 +138,16 @@ def check_operation(setting: Setting, operation: Operation, pairs: list[tuple[In
     """
     settings, precision = setting.settings, setting.precision
     if not pairs:
-        for residues in settings.check_lengths:
-            made = Inputs(settings.config, residues, precision, setting.device, setting.exact_device)
-            pairs.append((made, made.exact()))
+        with torch.inference_mode(False):  # gradients of the reference need other tensors than those of inference
+            for residues in settings.check_lengths:
+                made = Inputs(settings.config, residues, precision, setting.device, setting.exact_device)
+                pairs.append((made, made.exact()))
     worst: list[float] = []
     for residues, (made, exact) in zip(settings.check_lengths, pairs, strict=True):
-        with poisoned_memory():
+        with poisoned_memory(), torch.inference_mode():
             found, again = (operation.defined(made, operation.run(made)) for _ in range(2))
-        right = operation.defined(exact, operation.exact(exact))
+        with torch.inference_mode(False):
+            right = operation.defined(exact, operation.exact(exact))
         check = compared(found, right, precision.name, operation.by_largest)
         errors = [error((a,), (b,), operation.by_largest) for a, b in zip(found, right, strict=True)]
         worst = [max(pair) for pair in zip(worst, errors, strict=True)] if worst else errors
