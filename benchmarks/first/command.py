@@ -92,7 +92,7 @@ def _run(probes: Sequence[Probe], folder: Folder, seconds: float, tiny: bool = F
         return runner.run(probes)
     finally:
         signal.signal(signal.SIGTERM, before)
-        print(summary(folder.lines), flush=True)
+        print(summary(folder.lines), end="", flush=True)
 
 
 def _all_right(ended: Sequence[Ended]) -> bool:

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from benchmarks.first.process import Context
 
 _FOREVER = 3600.0
-_SECONDS = 5.0
+_SECONDS, _HANGING_SECONDS = 30.0, 4.0
 # What each does, how its end must be recorded, whether that is well, and how many of its own lines must be there.
 WAYS: dict[str, tuple[str, bool, int]] = {
     "succeeds": ("finished", True, 2),
     "says-wrong": ("finished", True, 2),
     "dies": ("died of SIGSEGV, in the second", False, 2),
-    "hangs": ("hung: ended after 2 s, in the second", False, 2),
+    "hangs": ("hung: ended after 4 s, in the second", False, 2),
     "prints-garbage": ("finished", True, 1),
     "tears-a-line": ("finished; its last line is torn", False, 1),
     "floods": (f"ended: it printed more than {MOST_PRINTED >> 20} MiB", False, 1),
@@ -27,7 +27,7 @@ WAYS: dict[str, tuple[str, bool, int]] = {
     "fails-late": ("exit code 3", False, 2),
     "leaves-early": ("exit code 0 before it was done", False, 1),
     "leaves-a-child": ("finished", True, 1),
-    "ignores-signals": ("hung: ended after 2 s", False, 1),
+    "ignores-signals": ("hung: ended after 4 s", False, 1),
     "is-too-late": ("not run: out of time", False, 0),
 }
 
@@ -36,7 +36,7 @@ def probes() -> list[Probe]:
     """One of each, in this order; the last is never begun."""
     found = []
     for what in WAYS:
-        seconds = 2.0 if what in {"hangs", "ignores-signals"} else _SECONDS
+        seconds = _HANGING_SECONDS if what in {"hangs", "ignores-signals"} else _SECONDS
         least = 1e9 if what == "is-too-late" else 1.0
         found.append(Probe(f"fake-{what}", __name__, 1e9 if what == "is-too-late" else seconds, alone=what == "floods",
                            least=least, options={"plain": True, "what": what}))  # fmt: skip

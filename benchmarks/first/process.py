@@ -66,9 +66,7 @@ class Context:
         """To run on: the GPU, the CPU in Triton's interpreter, or none."""
         import torch
 
-        from proteinbert_fast.ops.kernels.launching import is_interpreted
-
-        if is_interpreted():
+        if _is_interpreted():
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
@@ -176,24 +174,25 @@ class Compiled:
 
 def main() -> int:
     """Runs the job; its lines go to standard output, and nothing else does."""
-    # If the runner is killed, nobody would end this process.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     job = json.loads(Path(sys.argv[1]).read_text())
+    is_below = job.get("below", False)  # a tool, not the runner, has started it
+    # If the runner is killed, nobody would end this process. Of a tool, it would be the thread that started this one.
+    if sys.platform == "linux" and not is_below:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     descriptor = os.dup(1)
     os.set_inheritable(descriptor, False)
     os.dup2(2, 1)  # what libraries print is no line
     faulthandler.enable()
     if job["seconds"] > 4:
-        faulthandler.dump_traceback_later(job["seconds"] - 2)  # says where it hangs, before it is ended
+        # Says where it hangs, before it is ended.
+        faulthandler.dump_traceback_later(job["seconds"] - 2, exit=is_below)
     context = Context(job, descriptor)
     compiled = Compiled()
-    is_interpreted = os.environ.get("TRITON_INTERPRET", "0") not in {"", "0"}
-    if is_interpreted and job["needs_gpu"]:
+    if _is_interpreted() and job["needs_gpu"]:
         context.emit(None, note=NO_GPU)  # before anything large is imported
         context.write({"done": True})
         return 0
-    if is_interpreted:
+    if _is_interpreted():
         _mend_interpreter()
     if not job["options"].get("plain"):
         compiled.watch()
@@ -208,6 +207,11 @@ def main() -> int:
         faulthandler.cancel_dump_traceback_later()
     context.write({"done": True, "compiled": compiled.to_dict()})
     return 0
+
+
+def _is_interpreted() -> bool:
+    """As `launching.is_interpreted`, which needs triton."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in {"", "0"}
 
 
 def _mend_interpreter() -> None:

@@ -50,7 +50,7 @@ BACKWARD = {
 # A gain smaller than timings vary is none.
 LEAST_GAIN = 0.02
 _OUTPUTS = 192  # keys and values of a head at the published sizes
-_ODD_LENGTHS = (0, 1, 13, 61, 126, 127, 509, 510, 1030)
+ODD_LENGTHS = (0, 1, 13, 61, 126, 127, 509, 510, 1030)
 _TIMINGS = 5
 # A process that takes longer than this and as much again per candidate hangs in the candidate it is at.
 _START_SECONDS, _CANDIDATE_SECONDS = 120.0, 20.0
@@ -165,7 +165,8 @@ def _module(kernel: str) -> Any:
     return import_module(f"{kernels.__name__}.{kernel}")
 
 
-def _operations(kernel: str) -> list[Operation]:
+def operations_of(kernel: str) -> list[Operation]:
+    """Those that a kernel's configuration decides, the plain one first."""
     by_name = {operation.name: operation for operation in (GRADIENTS if kernel in BACKWARD else OPERATIONS)}
     return [by_name[name] for name in (KERNELS | BACKWARD)[kernel]]
 
@@ -189,7 +190,7 @@ class Search:
         device: torch.device,
         time: Timer,
         config: ProteinBertConfig | None = None,
-        odd: Sequence[int] = _ODD_LENGTHS,
+        odd: Sequence[int] = ODD_LENGTHS,
     ) -> None:
         sizes = (config or ProteinBertConfig()).to_dict() | {"d_local": job.channels}
         self.job, self.device, self.time = job, device, time
@@ -256,7 +257,7 @@ class Search:
         from proteinbert_fast.ops.kernels import tuning
 
         forced = None if chosen is None else {self.job.kernel: chosen}
-        plain, *variants = _operations(self.job.kernel)
+        plain, *variants = operations_of(self.job.kernel)
         with tuning.using(forced), torch.inference_mode(), PRECISIONS[self.job.dtype].active():
             found = [plain.run(self._made(True))]
             if odd:

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 from benchmarks.first.process import Context
 from proteinbert_fast.benchmark.gpu.bench import KERNELS, Bench
-from proteinbert_fast.benchmark.gpu.operations import Inputs, Operation, tile_stays
+from proteinbert_fast.benchmark.gpu.operations import Inputs, Operation
 from proteinbert_fast.benchmark.gpu.sections import kernels, machine
 from proteinbert_fast.benchmark.timing import percentiles
 
@@ -38,7 +38,10 @@ def rates(context: Context) -> None:
 
 def dilations(context: Context) -> None:
     """The local block with taps 5, 7 and 8 rows apart: whether tiles that begin at any row cost more."""
-    bench = context.bench(kernel_tokens=context.settings.kernel_tokens)
+    from proteinbert_fast.ops.kernels.launching import capability_of
+    from proteinbert_fast.ops.kernels.local_block import implementation
+
+    bench = context.bench()
     largest = replace(bench.settings.config, wide_dilation=max(DILATIONS))
     lengths = kernels.kernel_lengths(bench)
     made = Inputs(largest, lengths, context.precision, bench.device, bench.device)
@@ -47,7 +50,9 @@ def dilations(context: Context) -> None:
     seconds = {d: percentiles(row.seconds)["p50"] for d, row in zip(DILATIONS, rows, strict=True) if row.seconds}
     for dilation, row in zip(DILATIONS, rows, strict=True):
         if dilation in seconds:
-            row.values = {"ns_per_row": 1e9 * seconds[dilation] / made.batch.n_rows, "hopper": tile_stays(made),
+            kernel = implementation(capability_of(made.rows), largest.d_local, made.rows.dtype, largest.kernel_size,
+                                    dilation, made.batch.gap)  # fmt: skip
+            row.values = {"ns_per_row": 1e9 * seconds[dilation] / made.batch.n_rows, "implementation": kernel,
                           "over_dilation_8": seconds[dilation] / seconds[8] if 8 in seconds else None}  # fmt: skip
         context.row(row, wide_dilation=dilation)
 

@@ -15,6 +15,7 @@ from benchmarks.first.process import Context
 from benchmarks.first.runner import Probe, command_of
 
 _REPLAYED_TOKENS = 250_000  # ncu runs a kernel again for every group of counters
+_MOST_SANITIZED = 4  # probes; the tools are slow
 _SANITIZER = ["compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all", "--print-limit", "20"]
 
 
@@ -81,6 +82,7 @@ def count(context: Context) -> None:
 def sanitize(context: Context) -> None:
     """Runs the checks that failed again, on small batches, under memcheck, then racecheck."""
     failed = [Probe(**values) for values in context.options["probes"] if values["name"] in context.so_far["failed"]]
+    failed = failed[:_MOST_SANITIZED]
     if not failed:
         context.emit(True, check="sanitizer", found="no check failed: nothing to look for")
         return
@@ -106,7 +108,8 @@ def sanitize(context: Context) -> None:
 
 def _job(context: Context, module: str, options: dict[str, Any]) -> Path:
     """The file of a process below this one."""
-    values = dict(context.job) | {"module": module, "options": {"precision": context.precision.name} | options}
+    options = {"precision": context.precision.name} | options
+    values = dict(context.job) | {"below": True, "module": module, "options": options}
     path = context.scratch / f"below-{os.getpid()}-{time.monotonic_ns()}.json"
     path.write_text(json.dumps(values))
     return path

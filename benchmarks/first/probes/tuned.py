@@ -42,7 +42,7 @@ def run(context: Context) -> None:
         return
     bench = context.bench(gradients=True)
     job = tune.Job(context.options["kernel"], context.precision.name, bench.settings.config.d_local)
-    operations = {o.name for o in tune._operations(job.kernel)}
+    operations = {o.name for o in tune.operations_of(job.kernel)}
     if wrong := {name: why for (name, _), why in bench.failed.items() if name in operations}:
         name, why = next(iter(wrong.items()))
         context.emit(False, check=str(job), found=f"no time: {name} failed its check: {why}")
@@ -50,7 +50,10 @@ def run(context: Context) -> None:
     from proteinbert_fast.ops.kernels import tuning
 
     machine = tuning.machine_of(bench.device.index or 0)
-    search(context, bench, job, chosen(job, machine.capability), machine)
+    if not (wanted := chosen(job, machine.capability)):
+        context.emit(None, check=str(job), note="nothing to try: this kernel does not run here")
+        return
+    search(context, bench, job, wanted, machine)
 
 
 def search(context: Context, bench: Bench, job: tune.Job, wanted: Sequence[tuple[Any, ...]], machine: Any) -> None:
@@ -58,7 +61,7 @@ def search(context: Context, bench: Bench, job: tune.Job, wanted: Sequence[tuple
     timed: bool = context.options["timed"]
     timer = tune.device_timer(bench) if timed else lambda run: 0.0
     config = bench.settings.config
-    odd = (0, 1, 13) if context.job["tiny"] else tune._ODD_LENGTHS
+    odd = (0, 1, 13) if context.job["tiny"] else tune.ODD_LENGTHS
     found = tune.Search(job, kernel_lengths(bench), bench.device, timer, config, odd)
     tried: list[tune.Tried] = []
     for step in found.run(wanted):
