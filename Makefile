@@ -98,7 +98,7 @@ test: $(VENV)/.test
 # Without a GPU, in Triton's interpreter, with the newest Triton and the oldest supported, each in a folder of its own.
 # The last of them goes through everything, the others through all kernels on fewer inputs. What is more than kernels and
 # model (emulator, gate, report, tuning) is a target of its own, for `make --jobs`.
-KERNEL_TOOLS := $(patsubst %,tests/ops/kernels/test_%.py,local_block_hopper local_block_backward_hopper compile_gate gpu_report tuning)
+KERNEL_TOOLS := $(patsubst %,tests/ops/kernels/test_%.py,local_block_hopper local_block_backward_hopper compile_gate gpu_report gpu_first tuning)
 KERNELS_ALONE := $(patsubst %,tests/ops/kernels/test_%.py,operations gradients losses launching)
 RUN_KERNELS = OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -p no:cacheprovider
 

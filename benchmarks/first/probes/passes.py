@@ -61,13 +61,14 @@ def _profile(context: Context, bench: Bench) -> None:
 
 
 def _lines(rows: Sequence[Row]) -> list[str]:
-    lines = [f"{'ms':>10} {'share':>7} {'launches':>8}  kernel"]
+    lines, seen = [f"{'ms':>10} {'share':>7} {'launches':>8}  kernel"], set()
     for row in rows:
         if not row.seconds:
             lines.append(f"{row.case.table}: {row.check or row.note}")
             continue
         share, launches = row.values["share"], row.values["launches"]
-        name = f"{row.case.table}:" if share == 1.0 else row.case.name
+        name = f"{row.case.table}, all kernels" if row.case.table not in seen else row.case.name
+        seen.add(row.case.table)
         lines.append(f"{1e3 * row.seconds[0]:10.4f} {share:7.1%} {launches:8d}  {name}")
     return lines
 
