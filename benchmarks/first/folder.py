@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,11 @@ class Folder:
     def replace(self, name: str, text: str) -> None:
         """Writes a file as a whole: a reader finds the old text or the new one."""
         new = self.path / f".{name}"
-        new.write_text(text)
-        os.replace(new, self.path / name)
+        try:
+            new.write_text(text)
+            os.replace(new, self.path / name)
+        except OSError as error:
+            print(f"{name}: {error}", file=sys.stderr)
 
     def _append(self, name: str, data: bytes, most: int, cut: bytes) -> bool:
         size = self._sizes.get(name, 0)
@@ -73,17 +77,29 @@ class Folder:
             if not cut:  # a line is whole or not there
                 return False
             data = data[: most - size] + cut
-        self._sizes[name] = size + len(data)
-        descriptor = os.open(self.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            left = memoryview(data)
-            while left:
-                left = left[os.write(descriptor, left) :]
-            if name == LINES:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            _write(self.path / name, data, size, synchronize=name == LINES)
+        except OSError as error:  # a full disk must not end the run
+            print(f"{name}: {error}", file=sys.stderr)
+            return False
+        self._sizes[name] = size + len(data)
         return fits
+
+
+def _write(path: Path, data: bytes, size: int, synchronize: bool) -> None:
+    """Adds to a file of a size; all of it, or nothing."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(descriptor, left) :]
+        if synchronize:
+            os.fsync(descriptor)
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def _finite(value: Any) -> Any:

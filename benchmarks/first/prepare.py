@@ -5,26 +5,26 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterable
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 
 from benchmarks.first.runner import ROOT, TRITON_CACHE
 
-PYTHON, TRITON = (3, 12), "3.6.0"
+PYTHON, TRITON = "3.12", "3.6.0"
 MOST_BYTES = 64 << 20
 
 
 def prepare(root: Path = ROOT) -> int:
     """Builds, compiles and counts; the exit code is 1 where something failed or is too large to travel."""
-    version = ".".join(map(str, sys.version_info[:2]))
-    if sys.version_info[:2] != PYTHON:
-        wanted = ".".join(map(str, PYTHON))
-        print(f"prepare: note: this is Python {version}; extensions are for it alone, a GPU machine may want {wanted}")
+    version, triton = ".".join(map(str, sys.version_info[:2])), triton_version()
+    if (version, triton) != (PYTHON, TRITON):
+        print(f"prepare: note: what is built here is for Python {version} and triton {triton} alone; a GPU machine may "
+              f"have Python {PYTHON} and triton {TRITON}", flush=True)  # fmt: skip
     done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=root, check=False)
     if done.returncode:
         print(f"prepare: error: the extensions were not built: exit code {done.returncode}", file=sys.stderr)
         return 1
-    print(f"prepare: extensions built for Python {version}")
+    print(f"prepare: extensions built for Python {version}", flush=True)
     print(f"prepare: {warm(TRITON_CACHE)}")
     try:
         sizes = {"checked in, and not ignored": _size(root, _kept(root)), "extensions": _size(root, _extensions(root)),
@@ -42,14 +42,22 @@ def prepare(root: Path = ROOT) -> int:
     return 0
 
 
+def triton_version() -> str | None:
+    """Of Triton, or None where it is not installed."""
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def warm(folder: Path) -> str:
     """Compiles the kernels for compute capability 9.0 into a Triton cache; in words, what came of it."""
-    folder.mkdir(exist_ok=True)
-    os.environ["TRITON_CACHE_DIR"] = str(folder)
+    os.environ["TRITON_CACHE_DIR"] = str(folder)  # before triton is imported
     try:
         compile_kernels = import_module("proteinbert_fast.ops.kernels.warm").warm
     except ImportError as error:
         return f"kernels are compiled on the GPU machine: {error}"
+    folder.mkdir(exist_ok=True)
     compile_kernels(90)
     return f"{sum(1 for _ in folder.glob('*/*.cubin'))} kernels compiled into {folder}"
 

@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Line = Mapping[str, Any]
-_WIDTH = 110  # characters of what was found
+_WIDTH = 200  # characters of a cell
 
 
 def summary(lines: Sequence[Line]) -> str:
     """How each probe ended, what was wrong, and what was timed, as Markdown."""
     machine = next((line["environment"] for line in lines if isinstance(line.get("environment"), dict)), {})
     ends = [line for line in lines if "end" in line]
-    told = [line for line in lines if "check" in line]
     wrong = [line for line in lines if line.get("ok") is False and "end" not in line]
     hits, misses = (sum(line.get("compiled", {}).get(name, 0) for line in ends) for name in ("hits", "misses"))
     oks = [line["ok"] for line in ends]
@@ -20,23 +19,25 @@ def summary(lines: Sequence[Line]) -> str:
         "",
         _machine(machine, hits, misses),
         "",
-        f"{len(ends)} probes: {oks.count(True)} right, {oks.count(False)} wrong or ended, {oks.count(None)} not run.",
+        f"{len(ends)} probes: {oks.count(True)} right, {oks.count(False)} wrong or ended, "
+        f"{oks.count(None)} not measured.",
         "",
     ]
-    if wrong:
-        parts += ["## Wrong", ""]
-        parts += _rows(["probe", "check", "found"], [[w["probe"], w.get("check", ""), _found(w)] for w in wrong])
-    if timed := [line for line in told if isinstance(line.get("seconds"), dict)]:
+    told: dict[str, list[Line]] = {}
+    for line in lines:
+        if ("check" in line or line.get("note")) and not isinstance(line.get("seconds"), dict):
+            told.setdefault(line["probe"], []).append(line)
+    parts += _rows(["probe", "", "seconds", "end", "found"],
+                   [[e["probe"], _verdict(e["ok"]), f"{e.get('seconds', 0):.1f}", e["end"],
+                     "; ".join(map(_told, told.get(e["probe"], [])))] for e in ends])  # fmt: skip
+    if timed := [line for line in lines if "check" in line and isinstance(line.get("seconds"), dict)]:
         parts += ["", "## Times", ""]
         parts += _rows(["probe", "case", "ms p20 / p50 / p80", "rate", "ns per token", "predicted", "check"],
                        [_timed(line) for line in timed])  # fmt: skip
-    if checks := [line for line in told if not isinstance(line.get("seconds"), dict)]:
-        parts += ["", "## Checks", ""]
-        parts += _rows(["probe", "check", "", "found"],
-                       [[c["probe"], c["check"], _verdict(c.get("ok")), _found(c)] for c in checks])  # fmt: skip
-    parts += ["", "## Probes", ""]
-    parts += _rows(["probe", "", "seconds", "end"],
-                   [[e["probe"], _verdict(e["ok"]), f"{e.get('seconds', 0):.1f}", e["end"]] for e in ends])  # fmt: skip
+    # Last: what a terminal shows of a long output.
+    if wrong:
+        parts += ["", "## Wrong", ""]
+        parts += _rows(["probe", "check", "found"], [[w["probe"], w.get("check", ""), _found(w)] for w in wrong])
     return "\n".join(parts) + "\n"
 
 
@@ -53,9 +54,21 @@ def _verdict(ok: Any) -> str:
 
 
 def _found(line: Line) -> str:
-    words = str(line.get("found") or line.get("note") or "")
+    words = str(line.get("found") or line.get("note") or line.get("local_block") or "")
     seconds = line.get("check_seconds") or line.get("embed_seconds")
     return f"{words}, {seconds} s" if seconds else words
+
+
+def _told(line: Line) -> str:
+    """A check in few words: the whole is in the lines."""
+    if "check" not in line:
+        return str(line["note"])
+    kernel = str(line.get("implementation") or "").partition(" ")[0]
+    verdict = {True: "right", False: "WRONG"}.get(line.get("ok"), "not measured")
+    errors = [error for error in (line.get("errors") or {}).values() if isinstance(error, float)]
+    how = f"{max(errors):.1e}" if errors and line.get("ok") else _found(line)
+    how = "" if how == verdict else how
+    return " ".join(filter(None, (f"{line['check']}: {verdict}", kernel and f"({kernel})", how)))
 
 
 def _timed(line: Line) -> list[str]:

@@ -174,7 +174,7 @@ def test_a_runner_that_is_ended_leaves_what_it_has(tmp_path: Path, number: signa
         assert output == text
 
 
-def test_files_are_few_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_are_few_and_bounded(tmp_path: Path):
     assert len(FILES) <= 8
     assert max(*MOST_BYTES.values(), MOST_TEXT_BYTES) < 15 << 20
     folder = Folder(tmp_path / "out")
@@ -195,6 +195,26 @@ def test_files_are_few_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert lines[:-1] == [line] * (len(lines) - 1)
     with pytest.raises(FileExistsError, match="holds an earlier run"):
         Folder(folder.path)
+
+
+def test_a_full_disk_ends_nothing_and_leaves_no_half_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def write(descriptor: int, data) -> int:
+        if len(data) < 20:
+            raise OSError(28, "No space left on device")
+        return plain(descriptor, data[: len(data) // 2])
+
+    folder, plain = Folder(tmp_path / "out"), os.write
+    folder.line({"n": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        folder.line({"text": "x" * 1000})
+        patch.setattr(Path, "write_text", lambda *_: write(-1, b""))
+        folder.replace(SUMMARY, "text")
+    folder.line({"n": 2})
+    assert lines_of(folder.path) == folder.lines == [{"n": 1}, {"n": 2}]
+    assert capsys.readouterr().err.count("No space left on device") == 2
 
 
 def test_the_schedule_checks_first_and_covers_every_kernel():
@@ -284,7 +304,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path):
     )
     assert {line["ok"] for line in lines if "end" in line} == {None}
     assert done.stdout == (tmp_path / "out" / SUMMARY).read_text()
-    assert "3 probes: 0 right, 0 wrong or ended, 3 not run." in done.stdout
+    assert "3 probes: 0 right, 0 wrong or ended, 3 not measured." in done.stdout
 
 
 @pytest.fixture
