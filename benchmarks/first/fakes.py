@@ -26,7 +26,7 @@ WAYS: dict[str, tuple[str, bool, int]] = {
     "floods-standard-error": ("finished", True, 1),
     "fails-late": ("exit code 3", False, 2),
     "leaves-early": ("exit code 0 before it was done", False, 1),
-    "leaves-a-child": ("finished", True, 1),
+    "leaves-a-child": ("finished", True, 2),
     "ignores-signals": ("hung: ended after 4 s", False, 1),
     "is-too-late": ("not run: out of time", False, 0),
 }
@@ -86,8 +86,9 @@ def _misbehave(context: "Context", what: str) -> None:
         os._exit(0)
     elif what == "leaves-a-child":
         # In a session of its own, with the pipe to the runner open.
-        subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({_FOREVER})"], pass_fds=(out,),
-                         start_new_session=True)  # fmt: skip
+        child = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({_FOREVER})"], pass_fds=(out,),
+                                 start_new_session=True)  # fmt: skip
+        context.emit(True, check="the child", pid=child.pid)
 
 
 def complaints(lines: list[dict[str, object]]) -> list[str]:
