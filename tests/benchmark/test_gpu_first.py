@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.first import command, fakes, prepare, schedule, verdicts
+from benchmarks.first import runner as runner_module
 from benchmarks.first.commands import MOST_CHARACTERS, output_of
 from benchmarks.first.folder import CUT, FILES, LINES, LOG, MOST_BYTES, MOST_TEXT_BYTES, SUMMARY, Folder
 from benchmarks.first.runner import ROOT, Probe, Runner
@@ -92,6 +93,12 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:
         return b""
+
+
+def test_a_group_is_ended_where_processes_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner_module, "_kill_marked", lambda mark: None)
+    (ended,) = Runner(Folder(tmp_path / "out"), 60.0, width=1).run([fake("ignores-signals", 3.0)])
+    assert ended.end == "hung: ended after 3 s"
 
 
 def test_what_a_dead_probe_would_have_decided_is_wrong(tmp_path: Path):
@@ -183,15 +190,18 @@ def test_files_are_few_and_bounded(tmp_path: Path):
         folder.log(b"y" * 1_000_000)
         folder.text("ncu.txt", "z" * 1_000_000)
         folder.text("tuned.json", json.dumps(line))
-    folder.line({"probe": "late", "end": "finished"}, of_runner=True)
+    for _ in range(100):
+        folder.line({"text": "x" * 20_000})
+    late = {"probe": "late", "end": 50_000 * "e"}
+    folder.line(late, of_runner=True)
     sizes = {path.name: path.stat().st_size for path in folder.path.iterdir()}
     assert sizes[LINES] <= MOST_BYTES[LINES]
     assert sizes[LOG] == MOST_BYTES[LOG] + len(CUT)
     assert sizes["ncu.txt"] == MOST_TEXT_BYTES + len(CUT)
     assert json.loads((folder.path / "tuned.json").read_text()) == line
     lines = lines_of(folder.path)
-    assert lines[-1] == {"probe": "late", "end": "finished"}
-    assert lines[:-1] == [line] * (len(lines) - 1)
+    assert lines[-1] == late
+    assert {len(kept["text"]) for kept in lines[:-1]} == {1_000_000, 20_000}
     with pytest.raises(FileExistsError, match="holds an earlier run"):
         Folder(folder.path)
 
