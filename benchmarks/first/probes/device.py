@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from benchmarks.first.process import Context
+from proteinbert_fast.benchmark.cases import Case
 from proteinbert_fast.benchmark.gpu.bench import KERNELS, Bench
-from proteinbert_fast.benchmark.gpu.operations import Inputs, Operation
+from proteinbert_fast.benchmark.gpu.operations import OPERATIONS, Inputs, Operation
 from proteinbert_fast.benchmark.gpu.sections import kernels, machine
 from proteinbert_fast.benchmark.timing import percentiles
 
@@ -45,7 +46,7 @@ def dilations(context: Context) -> None:
     largest = replace(bench.settings.config, wide_dilation=max(DILATIONS))
     lengths = kernels.kernel_lengths(bench)
     made = Inputs(largest, lengths, context.precision, bench.device, bench.device)
-    chosen = kernels.OPERATIONS[0]
+    chosen = OPERATIONS[0]
     rows = bench.measure([_case(bench, chosen, made, lengths, dilation, context) for dilation in DILATIONS])
     seconds = {d: percentiles(row.seconds)["p50"] for d, row in zip(DILATIONS, rows, strict=True) if row.seconds}
     for dilation, row in zip(DILATIONS, rows, strict=True):
@@ -59,7 +60,7 @@ def dilations(context: Context) -> None:
 
 def _case(
     bench: Bench, chosen: Operation, made: Inputs, lengths: Sequence[int], dilation: int, context: Context
-) -> kernels.Case:
+) -> Case:
     """The same states, rows and gaps for each; only the taps lie elsewhere."""
     twin = copy.copy(made)
     twin.config = replace(made.config, wide_dilation=dilation)

@@ -84,12 +84,14 @@ def _batch(residues: Sequence[int], seed: int) -> PackedBatch:
 @torch.no_grad()
 def _change(model: ProteinBert) -> None:
     """In place, in a weight that kernels read as it is and in one that they rearrange."""
-    model.blocks[0].local_dense.bias.add_(0.25)
-    model.blocks[0].narrow_conv.weight.mul_(0.5)
+    block: Any = model.blocks[0]
+    block.local_dense.bias.add_(0.25)
+    block.narrow_conv.weight.mul_(0.5)
 
 
 @torch.no_grad()
 def _move(model: ProteinBert) -> None:
     """To other memory, with other numbers."""
-    for block in model.blocks:
+    blocks: Any = model.blocks
+    for block in blocks:
         block.local_dense.weight = torch.nn.Parameter(block.local_dense.weight * 0.75, requires_grad=False)
