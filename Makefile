@@ -5,6 +5,7 @@
 #   make lint types   ruff; mypy
 #   make test-kernels compile-gate   the GPU kernels in Triton's interpreter; compiled for GPUs that are not here
 #   make wheel-test   build sdist and wheel, run a part of the suite against the installed wheel
+#   make gpu-first-dry-run   what a new GPU will be asked first, as far as it can be asked without one
 #   make sanitize     on a GPU: bad memory accesses and races in the kernels, with NVIDIA's compute-sanitizer
 #   make pretrain-demo   a corpus of 2,000 real proteins, a small model trained on it, its curves: a few minutes
 #   make bench        speed and memory, beside others   (BENCH_ARGS="--quick" for a first look)
@@ -28,7 +29,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt proteinbert_fast/_version.py $(wildcard csrc/*)
 
-.PHONY: help embed test test-kernels test-kernel-tools compile-gate sanitize lint types wheel-test pretrain-demo bench dev clean
+.PHONY: help embed test test-kernels test-kernel-tools compile-gate gpu-first-dry-run sanitize lint types wheel-test pretrain-demo bench dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -117,6 +118,9 @@ compile-gate: $(TRITONS:%=compile-gate-%)
 
 compile-gate-%: $(VENV)/triton-%
 	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate $(if $(filter $(lastword $(TRITONS)),$*),,--brief)
+
+gpu-first-dry-run: $(VENV)/triton-$(lastword $(TRITONS))
+	PYTHONPATH=$(abspath $<) $(BIN)/python benchmarks/gpu_first.py --dry-run
 
 # On a machine with a GPU. SANITIZE_PYTHON is a Python that has torch with CUDA, triton, pytest and this package's
 # extensions; races are looked for on the smallest inputs, because that is slow. PyTorch's own allocator hides what

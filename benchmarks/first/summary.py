@@ -9,7 +9,7 @@ _WIDTH = 200  # characters of a cell
 
 def summary(lines: Sequence[Line]) -> str:
     """How each probe ended, what was wrong, and what was timed, as Markdown."""
-    machine = next((line["environment"] for line in lines if isinstance(line.get("environment"), dict)), {})
+    machine: Line = next((line["environment"] for line in lines if isinstance(line.get("environment"), dict)), {})
     ends = [line for line in lines if "end" in line]
     wrong = [line for line in lines if line.get("ok") is False and "end" not in line]
     hits, misses = (sum(line.get("compiled", {}).get(name, 0) for line in ends) for name in ("hits", "misses"))
@@ -50,7 +50,7 @@ def _machine(machine: Line, hits: int, misses: int) -> str:
 
 
 def _verdict(ok: Any) -> str:
-    return {True: "right", False: "**WRONG**"}.get(ok, "not measured")
+    return "right" if ok is True else "**WRONG**" if ok is False else "not measured"
 
 
 def _found(line: Line) -> str:
@@ -64,7 +64,7 @@ def _told(line: Line) -> str:
     if "check" not in line:
         return str(line["note"])
     kernel = str(line.get("implementation") or "").partition(" ")[0]
-    verdict = {True: "right", False: "WRONG"}.get(line.get("ok"), "not measured")
+    verdict = _verdict(line.get("ok")).strip("*")
     errors = [error for error in (line.get("errors") or {}).values() if isinstance(error, float)]
     how = f"{max(errors):.1e}" if errors and line.get("ok") else _found(line)
     how = "" if how == verdict else how
