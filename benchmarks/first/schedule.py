@@ -1,5 +1,6 @@
 """What is asked of a GPU, the most valuable first: the order of `SCHEDULE`. Standard library only."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from benchmarks.first import verdicts
@@ -17,7 +18,9 @@ GROUPS: dict[str, tuple[tuple[str, ...], bool]] = {
     "heads": (("token head", "annotation head", f"{GRADIENT}token loss", f"{GRADIENT}annotation loss"), False),
     "portable": (("local_block", "local_block, hidden kept", f"{GRADIENT}local_block"), True),
 }
-TUNED = ("local_block_hopper", "global_attention", "local_block_backward", "local_block", "local_block_backward_hopper",
+# Of the kernels with configurations, those that a forward pass spends its time in, and the others.
+TUNED_FIRST = ("local_block_hopper", "global_attention")
+TUNED = (*TUNED_FIRST, "local_block_backward", "local_block", "local_block_backward_hopper",
          "global_attention_backward")  # fmt: skip
 _PROBES = "benchmarks.first.probes"
 _CHECK_SECONDS = 90.0
@@ -50,6 +53,15 @@ def _timed(name: str, module: str, seconds: float, what: str, least: float = 15.
                  options={"what": what})  # fmt: skip
 
 
+def _tuned(kernels: Sequence[str], timed: bool) -> list[Probe]:
+    """Compiles configurations and compares their bits, or times them."""
+    found = []
+    for kernel in kernels:
+        name, options = f"{'tune' if timed else 'compile'}-{kernel}", {"kernel": kernel, "timed": timed}
+        found.append(Probe(name, f"{_PROBES}.tuned", 60, alone=timed, least=20.0, needs_gpu=True, options=options))
+    return found
+
+
 def _schedule() -> list[Probe]:
     checks = [
         Probe("versions", f"{_PROBES}.versions", 40, alone=False),
@@ -61,14 +73,11 @@ def _schedule() -> list[Probe]:
         _self_check("float32"),
     ]
     plain = [asdict(probe) for probe in checks]
-    tuned: list[Probe] = []
-    for timed in (False, True):
-        for kernel in TUNED:
-            options = {"kernel": kernel, "timed": timed}
-            name = f"tune-{kernel}" if timed else f"compile-{kernel}"
-            tuned.append(Probe(name, f"{_PROBES}.tuned", 60, alone=timed, least=20.0, needs_gpu=True, options=options))
+    later = TUNED[len(TUNED_FIRST) :]
     return [
         *checks,
+        # Compilers leave the GPU free, and checks leave processors free.
+        *_tuned(TUNED_FIRST, timed=False),
         Probe("sanitizer", f"{_PROBES}.tools", 90, needs_gpu=True, options={"what": "sanitizer", "probes": plain}),
         _timed("device", "device", 45, "rates"),
         _timed("forward", "passes", 60, "forward"),
@@ -77,9 +86,11 @@ def _schedule() -> list[Probe]:
         _timed("gradients", "timed", 70, "gradients"),
         _timed("profile", "passes", 50, "profile"),
         _timed("dilations", "device", 40, "dilations"),
+        *_tuned(TUNED_FIRST, timed=True),
+        _timed("counters", "tools", 100, "counters", least=30.0),
         _timed("embed", "embed", 100, "embed", least=30.0),
-        _timed("counters", "tools", 110, "counters", least=30.0),
-        *tuned,
+        *_tuned(later, timed=False),
+        *_tuned(later, timed=True),
     ]
 
 

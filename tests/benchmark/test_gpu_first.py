@@ -234,6 +234,8 @@ def test_the_schedule_checks_first_and_covers_every_kernel():
     for i, probe in enumerate(schedule.SCHEDULE):
         assert (probe.module.endswith((".right", ".selfcheck"))) <= (i < first_alone), probe.name
         assert probe.least <= probe.seconds
+        if probe.name.startswith("tune-"):
+            assert names.index(probe.name.replace("tune-", "compile-")) < i
     assert names.index("right-portable-bfloat16") < names.index("right-block-float16")
     wanted = [o.name for o in OPERATIONS] + [f"gradient of {o.name}" for o in GRADIENTS] + list(checks.CHECKS)
     for precision in ("bfloat16", "float16"):
