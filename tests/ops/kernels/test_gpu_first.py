@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.first import schedule, verdicts
 from benchmarks.first.command import dry_run
+from benchmarks.first.commands import Output
 from benchmarks.first.folder import TEXTS
 from benchmarks.first.probes import device as device_probe
 from benchmarks.first.probes import embed, graphs, right, tools, tuned
@@ -96,6 +97,24 @@ def test_right_kernels_are_found_right(group: str, tmp_path: Path):
         errors = context.checks["gradient of local_block"]["errors"]
         assert {"x", "broadcast", "narrow_weight", "wide_weight"} <= set(errors)
         assert all(0 < error < 0.06 for error in errors.values())
+
+
+def test_a_gpu_is_asked_for_more_rows_and_a_sanitizer_for_fewer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(Context, "on_gpu", True)
+    monkeypatch.setattr(right, "BATCHES", ((1,), (3, 0, 30), (5, 5)))
+    asked = []
+    plain = right.checks.check_operation
+
+    def check(setting, *arguments):
+        asked.append((setting.settings.check_lengths, setting.settings.model_lengths))
+        return plain(setting, *arguments)
+
+    monkeypatch.setattr(right.checks, "check_operation", check)
+    monkeypatch.setattr(right, "_SMALL", 10)
+    for small in (False, True):
+        (line,) = told("right-track-bfloat16", tmp_path, names=["message"], small=small).checks.values()
+        assert line["ok"]
+    assert asked == [(((1,), (3, 0, 30), (5, 5)), (0, 22)), (((1,), (3, 0, 30)), (0,))]
 
 
 def test_a_planted_mistake_is_told_and_gets_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake_gpu: None):
@@ -276,6 +295,22 @@ def test_tuning_gives_a_table_that_the_tuner_reads(monkeypatch: pytest.MonkeyPat
     assert "10.0% less time" in context.checks["local_block, bfloat16, d_local 32: best"]["found"]
 
 
+def test_compiling_compares_bits_and_times_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake_gpu: None):
+    monkeypatch.setattr(tuning, "machine_of", lambda index: tuning.Machine("NVIDIA H200", 90, "3.6.0", "0.1.0"))
+    monkeypatch.setattr(tuned, "chosen", lambda job, capability: [(16, 4, 2, 0)] if capability == 90 else [])
+    monkeypatch.setattr(tune, "device_timer", lambda bench: pytest.fail("timed"))
+    context = told("compile-global_attention", tmp_path)
+    lines = [line for line in context.lines if "check" in line]
+    # The shipped one, the other, the shipped one again: 16 rows add up in another order.
+    assert [(line["ok"], line["found"]) for line in lines] == [
+        (True, "the same bits"), (None, "other bits than the shipped configuration"), (True, "the same bits"),
+    ]  # fmt: skip
+    assert {line["seconds"] for line in lines} == {None}
+    monkeypatch.setattr(tuned, "chosen", lambda job, capability: [])
+    (line,) = told("compile-global_attention", tmp_path).lines
+    assert line["note"] == "nothing to try: this kernel does not run here"
+
+
 def test_what_failed_is_not_tuned(tmp_path: Path, fake_gpu: None):
     found = {"bfloat16/chosen/global_track": "off"}
     (line,) = told("tune-global_attention", tmp_path, found).checks.values()
@@ -356,6 +391,11 @@ def test_embedding_from_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert [line["ok"] for line in checked.values()] == [True, True, True]
     assert checked["embed, first"]["embed_seconds"] > 0
     assert plain(tmp_path / "no.h5", "nope", {}, 60.0)[1].startswith("exit code 1: proteinbert-fast: error")
+    warning = "RuntimeWarning: proteinbert-fast: the Triton kernels fail their self-check on cuda: results are off"
+    monkeypatch.setattr(embed, "output_of", lambda *_: Output(warning, "exit code 0", 1.0))
+    assert plain(tmp_path / "no.h5", "cuda", {}, 60.0) == (1.0, warning)
+    monkeypatch.setattr(embed, "output_of", lambda *_: Output("the self-check took 3 s", "exit code 0", 1.0))
+    assert plain(tmp_path / "no.h5", "cuda", {}, 60.0) == (1.0, "")
 
 
 def test_embeddings_that_differ_are_found(tmp_path: Path):
