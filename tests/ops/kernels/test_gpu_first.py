@@ -297,13 +297,13 @@ def test_tuning_gives_a_table_that_the_tuner_reads(monkeypatch: pytest.MonkeyPat
 
 def test_compiling_compares_bits_and_times_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake_gpu: None):
     monkeypatch.setattr(tuning, "machine_of", lambda index: tuning.Machine("NVIDIA H200", 90, "3.6.0", "0.1.0"))
-    monkeypatch.setattr(tuned, "chosen", lambda job, capability: [(16, 4, 2, 0)] if capability == 90 else [])
+    monkeypatch.setattr(tuned, "chosen", lambda job, capability: [(32, 4, 2, 0), (48, 4, 2, 0)] if capability == 90 else [])
     monkeypatch.setattr(tune, "device_timer", lambda bench: pytest.fail("timed"))
     context = told("compile-global_attention", tmp_path)
     lines = [line for line in context.lines if "check" in line]
-    # The shipped one, the other, the shipped one again: 16 rows add up in another order.
-    assert [(line["ok"], line["found"]) for line in lines] == [
-        (True, "the same bits"), (None, "other bits than the shipped configuration"), (True, "the same bits"),
+    # The shipped one, the others, the shipped one again; there are no tiles of 48 rows, which is no fault of a kernel.
+    assert [(line["ok"], line["found"] == "the same bits") for line in lines] == [
+        (True, True), (True, True), (None, False), (True, True),
     ]  # fmt: skip
     assert {line["seconds"] for line in lines} == {None}
     monkeypatch.setattr(tuned, "chosen", lambda job, capability: [])
