@@ -177,6 +177,6 @@ wheel-test: $(VENV)/.dev
 	$(IN_PARALLEL) "$$temp/venv/bin/python" -m pytest $(ALL_CORES) -m "not slow" tests/test_*.py tests/cli tests/ops $(PYTEST_ARGS)
 
 clean:
-	rm -rf .venv pretrain-demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks embeddings.h5*
+	rm -rf .venv .triton-cache pretrain-demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks embeddings.h5*
 	find proteinbert_fast benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 	find proteinbert_fast -name '*.so' -delete

@@ -77,7 +77,8 @@ def _timed(line: Line) -> list[str]:
     rate = f"{line['rate'][0] / 1e6:,.4g} M {line['rate'][1]}" if line.get("rate") else ""
     if values.get("residues_per_second"):
         rate = f"{values['residues_per_second'] / 1e6:,.4g} M residues/s"
-    name = " ".join(str(line[key]) for key in ("check", "dtype", "wide_dilation") if line.get(key) is not None)
+    named = ("check", "dtype", "wide_dilation", "configuration")
+    name = " ".join(str(line[key]) for key in named if line.get(key) is not None)
     ns = values.get("ns_per_token")
     predicted = values.get("predicted_ns_per_token")
     return [line["probe"], name, times, rate, f"{ns:.3g}" if ns else "", f"{predicted:.3g}" if predicted else "",

@@ -181,6 +181,9 @@ class Search:
         time: gives the seconds of one call.
         config: sizes of the model but for ``d_local``; the published ones when None.
         odd: residues of the proteins on which bits are compared beside those.
+
+    Attributes:
+        inputs: gives those that are timed (True), and those of odd lengths (False).
     """
 
     def __init__(
@@ -194,7 +197,7 @@ class Search:
     ) -> None:
         sizes = (config or ProteinBertConfig()).to_dict() | {"d_local": job.channels}
         self.job, self.device, self.time = job, device, time
-        self._made = cache(
+        self.inputs = cache(
             lambda many: Inputs(
                 ProteinBertConfig(**sizes), lengths if many else odd, PRECISIONS[job.dtype], device, device
             )
@@ -227,7 +230,7 @@ class Search:
         from proteinbert_fast.ops.kernels.launching import capability_of
         from proteinbert_fast.ops.precision import product_precision
 
-        module, rows = _module(self.job.kernel), self._made(False).rows
+        module, rows = _module(self.job.kernel), self.inputs(False).rows
         with tuning.using(None), PRECISIONS[self.job.dtype].active():
             if self.job.kernel.endswith("_hopper"):
                 return tuple(module.configuration(self.job.channels, rows.dtype))
@@ -259,11 +262,11 @@ class Search:
         forced = None if chosen is None else {self.job.kernel: chosen}
         plain, *variants = operations_of(self.job.kernel)
         with tuning.using(forced), torch.inference_mode(), PRECISIONS[self.job.dtype].active():
-            found = [plain.run(self._made(True))]
+            found = [plain.run(self.inputs(True))]
             if odd:
-                found.append(plain.run(self._made(False)))
+                found.append(plain.run(self.inputs(False)))
             if thorough:
-                found += [operation.run(self._made(many)) for operation in variants for many in (True, False)]
+                found += [operation.run(self.inputs(many)) for operation in variants for many in (True, False)]
         return found
 
     @staticmethod
@@ -448,12 +451,14 @@ def _process(job: Job, wanted: Sequence[tuple[Any, ...]]) -> tuple[list[str], st
     return ended.output, f"{ended.end} {last}".strip()
 
 
-def device_timer(bench: Bench) -> Timer:
-    """The median of a few timings, each of as many calls as make it long enough."""
+def device_timer(bench: Bench, keep: Callable[[list[float]], object] = lambda _: None) -> Timer:
+    """The median of a few timings, each of as many calls as make it long enough; ``keep`` is given all of them."""
 
     def time(run: Callable[[], object]) -> float:
         ready = bench.enough_calls(Ready(run, None))
-        return median(bench.clock(ready) for _ in range(_TIMINGS))
+        seconds = [bench.clock(ready) for _ in range(_TIMINGS)]
+        keep(seconds)
+        return median(seconds)
 
     return time
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,6 +246,28 @@ def test_the_schedule_checks_first_and_covers_every_kernel():
     assert checks.APART == verdicts.APART
 
 
+def test_the_summary_shows_times_and_ends_with_what_is_wrong():
+    times = {"p20": 0.001, "p50": 0.002, "p80": 0.0031}
+    values = {"ns_per_token": 2.0, "predicted_ns_per_token": 1.25}
+    text = summary([
+        {"probe": "versions", "ok": True, "environment": {"gpu": "NVIDIA H200", "triton": "3.6.0"}},
+        {"probe": "kernels", "ok": True, "check": "message", "dtype": "bfloat16", "found": "largest error 1e-3",
+         "seconds": times, "rate": [8.1e7, "tokens/s"], "values": values},
+        {"probe": "kernels", "ok": False, "check": "local_block", "found": "off | by 1\nindeed"},
+        {"probe": "kernels", "ok": False, "end": "finished", "seconds": 12.0, "wrong": 1,
+         "compiled": {"hits": 3, "misses": 2, "seconds": 9.0}},
+        {"probe": "late", "ok": None, "end": "not run: out of time", "seconds": 0.0},
+    ])  # fmt: skip
+    assert text.startswith("# First minutes on NVIDIA H200\n")
+    assert "triton 3.6.0, kernels compiled 2, found in the cache 3." in text
+    assert "2 probes: 0 right, 1 wrong or ended, 1 not measured." in text
+    assert ("| kernels | message bfloat16 | 1 / 2 / 3.1 | 81 M tokens/s | 2 | 1.25 | largest error 1e-3 |") in text
+    assert "| late | not measured | 0.0 | not run: out of time |  |" in text
+    assert text.endswith("## Wrong\n\n| probe | check | found |\n| --- | --- | --- |\n"
+                         "| kernels | local_block | off / by 1 indeed |\n")  # fmt: skip
+    assert summary([]).startswith("# First minutes on no GPU\n")
+
+
 @pytest.mark.parametrize(("failing", "reason", "failed"), [
     ({}, None, {}),
     ({"chosen/local_block": "off"}, "local_block failed its check: off", {}),
@@ -334,6 +357,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="counts what git knows")
 def test_prepare_counts_what_must_travel(checkout: Path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "warm", lambda folder: "3 kernels compiled")
     (checkout / ".triton-cache" / "a").mkdir(parents=True)

@@ -8,6 +8,7 @@ from benchmarks.first.process import Context
 from proteinbert_fast.benchmark import tune
 from proteinbert_fast.benchmark.gpu.bench import Bench
 from proteinbert_fast.benchmark.gpu.sections.kernels import kernel_lengths
+from proteinbert_fast.benchmark.timing import percentiles
 
 MOST = 6
 # What the compiled code and the counts speak for; others of tune.py's candidates fill the list up.
@@ -59,7 +60,8 @@ def run(context: Context) -> None:
 def search(context: Context, bench: Bench, job: tune.Job, wanted: Sequence[tuple[Any, ...]], machine: Any) -> None:
     """Tries configurations as ``bench --tune`` does."""
     timed: bool = context.options["timed"]
-    timer = tune.device_timer(bench) if timed else lambda run: 0.0
+    spread: list[float] = []  # of the timings of the last configuration
+    timer = tune.device_timer(bench, spread.extend) if timed else lambda run: 0.0
     config = bench.settings.config
     odd = (0, 1, 13) if context.job["tiny"] else tune.ODD_LENGTHS
     found = tune.Search(job, kernel_lengths(bench), bench.device, timer, config, odd)
@@ -69,9 +71,11 @@ def search(context: Context, bench: Bench, job: tune.Job, wanted: Sequence[tuple
             context.begin(f"{job}: {step}")
             continue
         tried.append(step)
+        values = {"seconds": percentiles(spread), "values": _beside_prediction(bench, found, step)} if spread else {}
+        spread.clear()
         # One that is refused is no fault: that is what trying is for.
         context.emit(None if step.refused else True, check=str(job), configuration=step.chosen,
-                     seconds=step.seconds if timed else None, found=step.refused or "the same bits")  # fmt: skip
+                     found=step.refused or "the same bits", **values)  # fmt: skip
     if not timed:
         return
     best = tune.best_of(tried, tried[0].chosen, found.confirm)
@@ -80,6 +84,19 @@ def search(context: Context, bench: Bench, job: tune.Job, wanted: Sequence[tuple
     context.text("tuned.json", json.dumps(table, indent=1) + "\n", tuned=table["configurations"])
     context.emit(True, check=f"{job}: best", configuration=best.chosen if best else tried[0].chosen,
                  found=_gain(tried, best) if best else "the shipped one")  # fmt: skip
+
+
+def _beside_prediction(bench: Bench, search: tune.Search, step: tune.Tried) -> dict[str, float]:
+    """ns per token, as timed and as the cost model has it for such tiles."""
+    from proteinbert_fast.ops.kernels import tuning
+
+    inputs, job = search.inputs(True), search.job
+    with tuning.using({job.kernel: step.chosen}):
+        cost = tune.operations_of(job.kernel)[0].cost(inputs)
+    assert step.seconds is not None
+    per_token = 1e9 / inputs.batch.n_tokens
+    return {"ns_per_token": step.seconds * per_token,
+            "predicted_ns_per_token": cost.times(bench.peaks, job.dtype).least * per_token}  # fmt: skip
 
 
 def _gain(tried: Sequence[tune.Tried], best: tune.Tried) -> str:

@@ -19,6 +19,7 @@ from benchmarks.first.probes import embed, graphs, right, tools, tuned
 from benchmarks.first.probes import timed as timed_probe
 from benchmarks.first.process import Context
 from proteinbert_fast.benchmark import tune
+from proteinbert_fast.benchmark.gpu import bench
 from proteinbert_fast.benchmark.gpu.gradients import GRADIENTS
 from proteinbert_fast.benchmark.gpu.operations import OPERATIONS
 from proteinbert_fast.ops import kernels
@@ -281,7 +282,17 @@ def test_tuning_gives_a_table_that_the_tuner_reads(monkeypatch: pytest.MonkeyPat
     machine = tuning.Machine("NVIDIA H200", 90, "3.6.0", "0.1.0")
     fast, slow = (32, 32, 4, 2, False, False), (64, 16, 4, 2, False, False)
     timers = iter([0.010, 0.009, 0.012, 0.010])
-    monkeypatch.setattr(tune, "device_timer", lambda bench: lambda run: next(timers))
+    monkeypatch.setattr(bench.Bench, "enough_calls", lambda self, ready: ready)
+    plain, timings = bench.Bench.clock, []
+
+    def clock(self, ready) -> float:
+        if len(timings) % tune._TIMINGS == 0:
+            timings.append(next(timers))
+        else:
+            timings.append(timings[-1])
+        return timings[-1] if plain(self, ready) >= 0 else 0.0
+
+    monkeypatch.setattr(bench.Bench, "clock", clock)
     context = Told({"kernel": "local_block", "timed": True}, tmp_path)
     context.so_far["tuned"] = earlier = {"global_attention/bfloat16/128": {"rows": 64}}
     tuned.search(context, context.bench(), tune.Job("local_block", "bfloat16", 32), [fast, slow], machine)
@@ -292,21 +303,26 @@ def test_tuning_gives_a_table_that_the_tuner_reads(monkeypatch: pytest.MonkeyPat
     names = local_block.Configuration._fields
     assert table.configurations == earlier | {"local_block/bfloat16/32": dict(zip(names, fast, strict=True))}
     assert line["tuned"] == table.configurations
+    told_of = [line for line in context.lines if "configuration" in line and "seconds" in line]
+    assert [line["seconds"]["p50"] for line in told_of] == [0.010, 0.009, 0.012, 0.010]
+    for line in told_of:
+        assert line["values"]["ns_per_token"] > line["values"]["predicted_ns_per_token"] > 0
     assert "10.0% less time" in context.checks["local_block, bfloat16, d_local 32: best"]["found"]
 
 
 def test_compiling_compares_bits_and_times_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake_gpu: None):
     monkeypatch.setattr(tuning, "machine_of", lambda index: tuning.Machine("NVIDIA H200", 90, "3.6.0", "0.1.0"))
-    monkeypatch.setattr(tuned, "chosen", lambda job, capability: [(32, 4, 2, 0), (48, 4, 2, 0)] if capability == 90 else [])
-    monkeypatch.setattr(tune, "device_timer", lambda bench: pytest.fail("timed"))
+    wanted = {90: [(32, 4, 2, 0), (48, 4, 2, 0)]}
+    monkeypatch.setattr(tuned, "chosen", lambda job, capability: wanted[capability])
+    monkeypatch.setattr(tune, "device_timer", lambda *_: pytest.fail("timed"))
     context = told("compile-global_attention", tmp_path)
     lines = [line for line in context.lines if "check" in line]
     # The shipped one, the others, the shipped one again; there are no tiles of 48 rows, which is no fault of a kernel.
     assert [(line["ok"], line["found"] == "the same bits") for line in lines] == [
         (True, True), (True, True), (None, False), (True, True),
     ]  # fmt: skip
-    assert {line["seconds"] for line in lines} == {None}
-    monkeypatch.setattr(tuned, "chosen", lambda job, capability: [])
+    assert not any("seconds" in line for line in lines)
+    wanted[90] = []
     (line,) = told("compile-global_attention", tmp_path).lines
     assert line["note"] == "nothing to try: this kernel does not run here"
 
