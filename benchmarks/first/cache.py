@@ -1,4 +1,4 @@
-"""Compiled kernels that travel: made where there is no GPU, without what only people read, and found again elsewhere."""
+"""Compiled kernels that travel: made where no GPU is, without what only people read, and found again elsewhere."""
 
 import json
 import os
