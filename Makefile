@@ -6,6 +6,7 @@
 #   make test-kernels compile-gate   the GPU kernels in Triton's interpreter; compiled for GPUs that are not here
 #   make test-oldest  ops, kernels, model and pretraining under the oldest PyTorch that is supported: downloads gigabytes
 #   make wheel-test   build sdist and wheel, run a part of the suite against the installed wheel
+#   make gpu-first-dry-run   what a new GPU will be asked first, as far as it can be asked without one
 #   make sanitize     on a GPU: bad memory accesses and races in the kernels, with NVIDIA's compute-sanitizer
 #   make pretrain-demo   a corpus of 2,000 real proteins, a small model trained on it, its curves: a few minutes
 #   make bench        speed and memory, beside others   (BENCH_ARGS="--quick" for a first look)
@@ -32,7 +33,7 @@ CONSTRAINTS ?= constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 SOURCES := setup.py pyproject.toml constraints.txt proteinbert_fast/_version.py $(wildcard csrc/*)
 
-.PHONY: help embed test test-kernels test-kernel-tools test-oldest compile-gate sanitize lint types wheel-test pretrain-demo bench dev clean
+.PHONY: help embed test test-kernels test-kernel-tools test-oldest compile-gate gpu-first-dry-run sanitize lint types wheel-test pretrain-demo bench dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -102,7 +103,7 @@ test: $(VENV)/.test
 # Without a GPU, in Triton's interpreter, with the newest Triton and the oldest supported, each in a folder of its own.
 # The last of them goes through everything, the others through all kernels on fewer inputs. What is more than kernels and
 # model (emulator, gate, report, tuning) is a target of its own, for `make --jobs`.
-KERNEL_TOOLS := $(patsubst %,tests/ops/kernels/test_%.py,local_block_hopper local_block_backward_hopper compile_gate gpu_report tuning)
+KERNEL_TOOLS := $(patsubst %,tests/ops/kernels/test_%.py,local_block_hopper local_block_backward_hopper compile_gate gpu_report gpu_first tuning)
 KERNELS_ALONE := $(patsubst %,tests/ops/kernels/test_%.py,operations gradients losses launching warm)
 RUN_KERNELS = OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -p no:cacheprovider
 
@@ -138,6 +139,9 @@ compile-gate-%: $(VENV)/triton-%
 
 hopper-gate-%: $(VENV)/triton-%
 	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate --hopper
+
+gpu-first-dry-run: $(VENV)/triton-$(lastword $(TRITONS))
+	PYTHONPATH=$(abspath $<) $(BIN)/python benchmarks/gpu_first.py --dry-run
 
 # On a machine with a GPU. SANITIZE_PYTHON is a Python that has torch with CUDA, triton, pytest and this package's
 # extensions; races are looked for on the smallest inputs, because that is slow. PyTorch's own allocator hides what
@@ -194,6 +198,6 @@ wheel-test: $(VENV)/.dev
 	$(IN_PARALLEL) "$$temp/venv/bin/python" -m pytest $(ALL_CORES) -m "not slow" tests/test_*.py tests/cli tests/ops $(PYTEST_ARGS)
 
 clean:
-	rm -rf .venv .venv-oldest pretrain-demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks embeddings.h5*
+	rm -rf .venv .venv-oldest .triton-cache pretrain-demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks embeddings.h5*
 	find proteinbert_fast benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 	find proteinbert_fast -name '*.so' -delete

@@ -12,7 +12,7 @@ is that process; it prints a JSON line when a candidate begins and one when it h
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib import import_module
@@ -50,7 +50,7 @@ BACKWARD = {
 # A gain smaller than timings vary is none.
 LEAST_GAIN = 0.02
 _OUTPUTS = 192  # keys and values of a head at the published sizes
-_ODD_LENGTHS = (0, 1, 13, 61, 126, 127, 509, 510, 1030)
+ODD_LENGTHS = (0, 1, 13, 61, 126, 127, 509, 510, 1030)
 _TIMINGS = 5
 # A process that takes longer than this and as much again per candidate hangs in the candidate it is at.
 _START_SECONDS, _CANDIDATE_SECONDS = 120.0, 20.0
@@ -165,7 +165,8 @@ def _module(kernel: str) -> Any:
     return import_module(f"{kernels.__name__}.{kernel}")
 
 
-def _operations(kernel: str) -> list[Operation]:
+def operations_of(kernel: str) -> list[Operation]:
+    """Those that a kernel's configuration decides, the plain one first."""
     by_name = {operation.name: operation for operation in (GRADIENTS if kernel in BACKWARD else OPERATIONS)}
     return [by_name[name] for name in (KERNELS | BACKWARD)[kernel]]
 
@@ -180,6 +181,9 @@ class Search:
         time: gives the seconds of one call.
         config: sizes of the model but for ``d_local``; the published ones when None.
         odd: residues of the proteins on which bits are compared beside those.
+
+    Attributes:
+        inputs: gives those that are timed (True), and those of odd lengths (False).
     """
 
     def __init__(
@@ -189,11 +193,11 @@ class Search:
         device: torch.device,
         time: Timer,
         config: ProteinBertConfig | None = None,
-        odd: Sequence[int] = _ODD_LENGTHS,
+        odd: Sequence[int] = ODD_LENGTHS,
     ) -> None:
         sizes = (config or ProteinBertConfig()).to_dict() | {"d_local": job.channels}
         self.job, self.device, self.time = job, device, time
-        self._made = cache(
+        self.inputs = cache(
             lambda many: Inputs(
                 ProteinBertConfig(**sizes), lengths if many else odd, PRECISIONS[job.dtype], device, device
             )
@@ -226,7 +230,7 @@ class Search:
         from proteinbert_fast.ops.kernels.launching import capability_of
         from proteinbert_fast.ops.precision import product_precision
 
-        module, rows = _module(self.job.kernel), self._made(False).rows
+        module, rows = _module(self.job.kernel), self.inputs(False).rows
         with tuning.using(None), PRECISIONS[self.job.dtype].active():
             if self.job.kernel.endswith("_hopper"):
                 return tuple(module.configuration(self.job.channels, rows.dtype))
@@ -256,13 +260,13 @@ class Search:
         from proteinbert_fast.ops.kernels import tuning
 
         forced = None if chosen is None else {self.job.kernel: chosen}
-        plain, *variants = _operations(self.job.kernel)
+        plain, *variants = operations_of(self.job.kernel)
         with tuning.using(forced), torch.inference_mode(), PRECISIONS[self.job.dtype].active():
-            found = [plain.run(self._made(True))]
+            found = [plain.run(self.inputs(True))]
             if odd:
-                found.append(plain.run(self._made(False)))
+                found.append(plain.run(self.inputs(False)))
             if thorough:
-                found += [operation.run(self._made(many)) for operation in variants for many in (True, False)]
+                found += [operation.run(self.inputs(many)) for operation in variants for many in (True, False)]
         return found
 
     @staticmethod
@@ -350,16 +354,30 @@ def write(machine: Any, found: dict[str, tuple[Any, ...]]) -> Path:
         earlier = dict(tuning.read(path, machine).configurations)
     except tuning.Unusable:
         earlier = {}
+    write_atomically(path, [(json.dumps(table(machine, found, earlier), indent=1) + "\n").encode()])
+    tuning.forget()
+    return path
+
+
+def table(
+    machine: Any, found: Mapping[str, tuple[Any, ...]], earlier: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a table's file holds.
+
+    Args:
+        machine: a `tuning.Machine`.
+        found: the configuration of each key, see `tuning.key_of`.
+        earlier: entries that stay where nothing else was found.
+    """
+    from proteinbert_fast.ops.kernels import tuning
+
     entries = {key: dict(zip(_fields(key), values, strict=True)) for key, values in found.items()}
-    table = {
+    return {
         "format": tuning.FORMAT,
         **machine._asdict(),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "configurations": earlier | entries,
+        "configurations": {**(earlier or {}), **entries},
     }
-    write_atomically(path, [(json.dumps(table, indent=1) + "\n").encode()])
-    tuning.forget()
-    return path
 
 
 def _fields(key: str) -> tuple[str, ...]:
@@ -433,12 +451,14 @@ def _process(job: Job, wanted: Sequence[tuple[Any, ...]]) -> tuple[list[str], st
     return ended.output, f"{ended.end} {last}".strip()
 
 
-def device_timer(bench: Bench) -> Timer:
-    """The median of a few timings, each of as many calls as make it long enough."""
+def device_timer(bench: Bench, keep: Callable[[list[float]], object] = lambda _: None) -> Timer:
+    """The median of a few timings, each of as many calls as make it long enough; ``keep`` is given all of them."""
 
     def time(run: Callable[[], object]) -> float:
         ready = bench.enough_calls(Ready(run, None))
-        return median(bench.clock(ready) for _ in range(_TIMINGS))
+        seconds = [bench.clock(ready) for _ in range(_TIMINGS)]
+        keep(seconds)
+        return median(seconds)
 
     return time
 

@@ -87,6 +87,27 @@ def test_the_script_of_the_checkout_finds_it():
     assert "# proteinbert_fast on " in done.stdout
 
 
+def test_the_second_run_on_a_new_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """After gpu_first.py: some sections, in bfloat16, in five minutes; each of them can still be said otherwise."""
+    said = []
+
+    def run(settings, names, device, obstacle, output, limit):
+        said.append((settings.precisions, tuple(names), settings.limit_seconds, limit))
+        return GpuReport(settings, {"commit": None}, "nothing", {}, {})
+
+    monkeypatch.setattr(command, "run", run)
+    monkeypatch.setattr(GpuReport, "to_markdown", lambda self: "")
+    monkeypatch.setattr(command, "_write", lambda *_, **__: None)
+    otherwise = ["--sections", "checks", "--precisions", "float16", "--limit", "100"]
+    for arguments in ([], ["--first"], ["--first", *otherwise]):
+        assert command.main([*arguments, "--output", str(tmp_path)]) == 0
+    assert said == [
+        (GpuSettings().precisions, SECTIONS, 450.0, 560.0),
+        (("bfloat16",), ("checks", "kernels", "profile", "forward", "latency"), 240.0, 300.0),
+        (("float16",), ("checks",), 80.0, 100.0),
+    ]
+
+
 @pytest.mark.parametrize("wrong", [["--sections", "nope"], ["--precisions", "float64"]])
 def test_wrong_use(wrong: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="2"):

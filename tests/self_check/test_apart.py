@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import torch
 from proteinbert_fast import ProteinBertConfig
 from proteinbert_fast.self_check import apart
 from proteinbert_fast.self_check.compare import Kind
+from tests.processes import ends
 
 CPU = torch.device("cpu")
 SMALL = ProteinBertConfig(n_annotations=5, d_local=32, d_global=32, n_blocks=1, n_heads=2, d_key=16)
@@ -128,17 +128,7 @@ open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
     assert found.failure.endswith(f"s ({doing})")
     assert found.is_final == is_final
     for pid in map(int, pids.read_text().split()):
-        assert ended(pid)
-
-
-def ended(pid: int) -> bool:
-    """Whether a process is gone, or a zombie that nobody here can reap."""
-    for _ in range(100):
-        state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-        if not state or state.startswith("Z"):
-            return True
-        time.sleep(0.05)
-    return False
+        assert ends(pid)
 
 
 def test_what_it_started_may_keep_its_pipe_open(check):

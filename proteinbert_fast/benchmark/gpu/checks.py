@@ -53,6 +53,13 @@ class Outcome(NamedTuple):
     found: str
 
 
+class Compared(NamedTuple):
+    """What the check of one operation found, and the largest error of each of its results over all batches."""
+
+    check: Check
+    errors: tuple[float, ...]
+
+
 class Setting(NamedTuple):
     """What checks of one precision have in common."""
 
@@ -82,15 +89,16 @@ def run(settings: GpuSettings, precision: Precision, device: torch.device) -> It
         pairs: list[tuple[Inputs, Inputs]] = []
         for operation in OPERATIONS:
             yield operation.name
-            yield _guarded(operation.name, partial(_operation, setting, operation, pairs))
+            yield guarded(operation.name, partial(_operation, setting, operation, pairs))
         pairs.clear()
         model = random_model(settings.config)
-        for name, check in ((MODEL, _model), (SAME_BITS, _same_bits), (MEAN, _mean)):
+        for name, check in MODEL_CHECKS.items():
             yield name
-            yield _guarded(name, partial(check, setting, model))
+            yield guarded(name, partial(check, setting, model))
 
 
-def _guarded(name: str, check: Callable[[], Check]) -> Outcome:
+def guarded(name: str, check: Callable[[], Check]) -> Outcome:
+    """A check's outcome; one that raises has failed, and says how in a line."""
     try:
         outcome = check()
     except Exception as problem:
@@ -117,25 +125,39 @@ def exact_device(device: torch.device) -> torch.device:
 
 
 def _operation(setting: Setting, operation: Operation, pairs: list[tuple[Inputs, Inputs]]) -> Check:
+    return check_operation(setting, operation, pairs).check
+
+
+def check_operation(setting: Setting, operation: Operation, pairs: list[tuple[Inputs, Inputs]]) -> Compared:
+    """An operation, or the gradient of one, against the float64 reference: twice each batch, in poisoned memory.
+
+    Args:
+        setting: its ``check_lengths`` are the batches.
+        operation: to check.
+        pairs: inputs and their float64 twins, a pair per batch; made by the first operation, used by those after it.
+    """
     settings, precision = setting.settings, setting.precision
     if not pairs:
-        for residues in settings.check_lengths:
-            made = Inputs(settings.config, residues, precision, setting.device, setting.exact_device)
-            pairs.append((made, made.exact()))
-    worst = 0.0
+        with torch.inference_mode(False):  # gradients of the reference need other tensors than those of inference
+            for residues in settings.check_lengths:
+                made = Inputs(settings.config, residues, precision, setting.device, setting.exact_device)
+                pairs.append((made, made.exact()))
+    worst: list[float] = []
     for residues, (made, exact) in zip(settings.check_lengths, pairs, strict=True):
-        with poisoned_memory():
-            found, again = operation.run(made), operation.run(made)
-        right = operation.exact(exact)
-        check = compared(found, right, precision.name)
+        with poisoned_memory(), torch.inference_mode():
+            found, again = (operation.defined(made, operation.run(made)) for _ in range(2))
+        with torch.inference_mode(False):
+            right = operation.defined(exact, operation.exact(exact))
+        check = compared(found, right, precision.name, operation.by_largest)
+        errors = [error((a,), (b,), operation.by_largest) for a, b in zip(found, right, strict=True)]
+        worst = [max(pair) for pair in zip(worst, errors, strict=True)] if worst else errors
         if not check.passed:
-            return Check(False, f"{check.found}, residues {_lengths(residues)}")
+            return Compared(Check(False, f"{check.found}, residues {_lengths(residues)}"), tuple(errors))
         if not same(found, again):
-            return Check(False, f"two runs differ, residues {_lengths(residues)}")
-        worst = max(worst, error(found, right))
+            return Compared(Check(False, f"two runs differ, residues {_lengths(residues)}"), tuple(errors))
     longest = max(map(max, settings.check_lengths))
-    batches = len(settings.check_lengths)
-    return Check(True, f"largest error {worst:.1e} in {batches} batches of 0 to {longest:,} residues; two runs equal")
+    batches = f"{len(settings.check_lengths)} batches of 0 to {longest:,} residues"
+    return Compared(Check(True, f"largest error {max(worst):.1e} in {batches}; two runs equal"), tuple(worst))
 
 
 def _lengths(residues: Sequence[int]) -> str:
@@ -218,6 +240,9 @@ def _compared_alone(
         if not same(found, results(_asked(ours, batch[i], annotations[i : i + 1]), 0)):
             return Check(False, f"a protein of {n:,} residues differs alone and in a batch")
     return Check(True, f"equal for {len(batch)} proteins of 0 to {max(setting.settings.model_lengths):,} residues")
+
+
+MODEL_CHECKS: dict[str, Callable[[Setting, ProteinBert], Check]] = {MODEL: _model, SAME_BITS: _same_bits, MEAN: _mean}
 
 
 def run_apart(settings: GpuSettings, precisions: Sequence[Precision], device: torch.device) -> dict[str, list[Outcome]]:

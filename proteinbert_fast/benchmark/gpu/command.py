@@ -22,6 +22,9 @@ from proteinbert_fast.errors import InputError, first_line
 from proteinbert_fast.ops.backends import check_backend
 
 PROGRAM = "gpu_report"
+DEFAULT_SECONDS = 560.0
+FIRST_SECONDS = 300.0
+FIRST_SECTIONS = ("checks", "kernels", "profile", "forward", "latency")
 EPILOG = """\
 Every kernel is checked against the float64 reference before it is timed, those of the forward pass before anything
 else; what is wrong is shown as WRONG, without a time, and the exit code is 1. Without a GPU the tables say what would
@@ -33,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and writes; returns the exit code."""
     args = _parser().parse_args(arguments)
     settings = GpuSettings().tiny() if args.interpreter or args.tiny else GpuSettings()
+    if args.first:
+        args.sections, args.limit = args.sections or FIRST_SECTIONS, args.limit or FIRST_SECONDS
+        settings = replace(settings, precisions=("bfloat16",), limit_seconds=0.8 * args.limit)
+    args.sections, args.limit = args.sections or sections.SECTIONS, args.limit or DEFAULT_SECONDS
     if args.precisions:
         settings = replace(settings, precisions=args.precisions)
     try:
@@ -60,14 +67,18 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = sections.SECTIONS
-    parser.add_argument("--sections", type=names(known), default=known, metavar="A,B",
+    parser.add_argument("--sections", type=names(known), metavar="A,B",
                         help=f"of {', '.join(known)}; without checks, kernels are not known to be right")  # fmt: skip
+    parser.add_argument("--first", action="store_true",
+                        help=f"the second run on a new GPU, after gpu_first.py: {', '.join(FIRST_SECTIONS)}, "
+                        f"in bfloat16, in {FIRST_SECONDS:.0f} s")  # fmt: skip
     parser.add_argument("--precisions", type=names(tuple(PRECISIONS)), metavar="A,B",
                         help=f"of {', '.join(PRECISIONS)}")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="DIR",
                         help="default: benchmarks/results/DATE-DEVICE in a checkout; without a GPU, none")  # fmt: skip
-    parser.add_argument("--limit", type=float, default=560.0, metavar="SECONDS",
-                        help="end the process after so long, whatever it does; default: %(default).0f")  # fmt: skip
+    parser.add_argument("--limit", type=float, metavar="SECONDS",
+                        help="end the process after so long, whatever it does; "
+                        f"default: {DEFAULT_SECONDS:.0f}")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything works")
     parser.add_argument("--interpreter", action="store_true",
                         help="tiny sizes in Triton's interpreter on the CPU, to see that everything works")  # fmt: skip

@@ -1,5 +1,7 @@
 """The self-check where Triton is: kernels for Hopper that give way, and the whole of it in the interpreter."""
 
+import json
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +16,7 @@ from proteinbert_fast.ops.kernels import launching
 from proteinbert_fast.self_check import apart, compare, verdicts
 from proteinbert_fast.self_check.apart import Outcome
 from proteinbert_fast.self_check.compare import Kind
+from tests.processes import ends
 
 from .conftest import IS_INTERPRETED
 
@@ -171,3 +174,25 @@ def test_a_new_process_asks_no_more(device, monkeypatch, cache):
         assert model.backend_report().startswith("triton")
     with torch.no_grad():
         model(Tokenizer()(["MKT"]).to(device))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux to see to it")
+def test_a_check_ends_with_whoever_waits_for_it(tmp_path):
+    """Killed, it cannot end the check itself."""
+    (tmp_path / "hang.py").write_text(BEGIN.replace("PLANTED", PLANTED["a hang"][0]))
+    job = json.dumps(apart.job_of(Kind(torch.device("cpu"), SMALL, torch.float32, torch.float32, True, False)))
+    waits = f"""
+import subprocess, sys
+child = subprocess.Popen([sys.executable, {str(tmp_path / "hang.py")!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+child.stdin.write({job!r}.encode())
+child.stdin.close()
+while b"check" not in child.stdout.readline(): pass
+print(child.pid, flush=True)
+child.wait()
+"""
+    parent = subprocess.Popen([sys.executable, "-c", waits], stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert ends(pid)

@@ -1,6 +1,7 @@
 """Kernels compiled ahead are those that passes launch later, whatever the batch; nothing is compiled twice."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,29 @@ for module in list(sys.modules.values()):
 def test_training_is_compiled_too(cache):
     code = "first = compiled(); n = ahead(True); print(compiled() == n, n > first + 15, ahead(True))"
     assert run(code, cache) == "True True 0\n"
+
+
+def test_kernels_travel_to_another_folder(cache, tmp_path):
+    """As benchmarks/gpu_first.py --prepare makes them: without what only people read, and by another path."""
+    from benchmarks.first.cache import relocate, slim
+
+    there = tmp_path / "another" / "folder"
+    shutil.copytree(cache, there)
+    size = sum(path.stat().st_size for path in there.rglob("*"))
+    slim(there)
+    assert sum(path.stat().st_size for path in there.rglob("*")) < size / 2
+    kernels = len(list(there.glob("*/*.cubin")))
+    # Triton would look where they were made, and compile them again.
+    hidden = cache.with_name("hidden")
+    cache.rename(hidden)
+    try:
+        assert relocate(there) == kernels
+        assert relocate(there) == kernels, "and again"
+        out = run("files = set(glob.glob(os.environ['TRITON_CACHE_DIR'] + '/*/*')); n = ahead(); "
+                  "print(n, set(glob.glob(os.environ['TRITON_CACHE_DIR'] + '/*/*')) == files)", there)  # fmt: skip
+    finally:
+        hidden.rename(cache)
+    assert out == f"{kernels} True\n"
 
 
 def test_what_does_not_compile_is_said(tmp_path):

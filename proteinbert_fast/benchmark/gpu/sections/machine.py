@@ -19,7 +19,8 @@ _READS = 64  # of a block, by each program of the reading loop
 
 def rows(bench: Bench) -> list[Row]:
     """Products by precision, copies through memory, and copies and reads within the L2 cache."""
-    found = bench.measure([*matrix_probes(bench), copy_probe(bench), _cached_copies(bench), _cached_reads(bench)])
+    reads = cached_reads(bench, bench.settings.cached_bytes)
+    found = bench.measure([*matrix_probes(bench), copy_probe(bench), _cached_copies(bench), reads])
     measured = [row for row in found if row.seconds]
     peaks = bench.peaks
     matrix = dict(peaks.matrix)
@@ -121,9 +122,15 @@ def _cached_copies(bench: Bench) -> Case:
     return _case("cache", "copies within the L2 cache", what, Work(bytes=2.0 * n * _COPIES), "GB/s", prepare)
 
 
-def _cached_reads(bench: Bench) -> Case:
+def cached_reads(bench: Bench, cached_bytes: int) -> Case:
+    """Every program reads blocks of one buffer, past the L1 caches.
+
+    Args:
+        bench: the run.
+        cached_bytes: of the buffer, which stays in the L2 cache.
+    """
     block = 4096 if bench.on_gpu else 256
-    blocks = bench.settings.cached_bytes // (4 * block)
+    blocks = cached_bytes // (4 * block)
     programs = 8 * bench.environment.get("multiprocessors", 1)
 
     def prepare() -> Ready[torch.Tensor]:
@@ -150,7 +157,7 @@ def _cached_reads(bench: Bench) -> Case:
         return Ready(run, check)
 
     read = 4.0 * programs * _READS * block
-    what = f"a loop over {bench.settings.cached_bytes / 1e6:.1f} MB past the L1 caches"
+    what = f"a loop over {cached_bytes / 1e6:.1f} MB past the L1 caches"
     return _case("cache", "reads from the L2 cache", what, Work(bytes=read), "GB/s", prepare, owner="triton")
 
 

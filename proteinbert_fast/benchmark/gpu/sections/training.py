@@ -56,7 +56,7 @@ def rows(bench: Bench) -> list[Row]:
     chosen = sample(bench)
     memory: list[dict[str, Any]] = [{}, {}]
     saves: tuple[Save, Save] = ("preactivations", "inputs")
-    cases = [_ours(bench, chosen, save, found) for save, found in zip(saves, memory, strict=True)]
+    cases = [ours(bench, chosen, save, found) for save, found in zip(saves, memory, strict=True)]
     cases += [_padded(bench, chosen, name) for name in (EAGER, COMPILED)]
     found = bench.measure([*cases, *matrix_probes(bench)], rounds=min(bench.settings.rounds, 5))
     for row, counted, most in zip(found[:2], memory, (8192.0, 3072.0), strict=True):
@@ -130,8 +130,8 @@ def _case(bench: Bench, chosen: Sample, name: str, what: str, ours: bool, prepar
     )
 
 
-def _ours(bench: Bench, chosen: Sample, save: Save, found: dict[str, Any]) -> Case:
-    """``found`` takes the memory that was counted."""
+def ours(bench: Bench, chosen: Sample, save: Save, found: dict[str, Any]) -> Case:
+    """A training step of ours, with a choice of what to keep; ``found`` takes the memory that was counted."""
 
     def prepare() -> Ready[float]:
         data = training_data(bench, chosen)

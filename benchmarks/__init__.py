@@ -1,0 +1,1 @@
+"""Programs that measure; a package, so that no other of this name is found instead."""
