@@ -254,6 +254,9 @@ PYBIND11_MODULE(_cpu_kernels, m) {
     m.def("weight_gradient", &weight_gradient);
     m.def("protein_sums", &protein_sums);
     m.def("instruction_set", [] { return kIsaNames[static_cast<int>(isa)]; }, "The one in use.");
+    m.def("instruction_sets", [] {
+        return std::vector<std::string>(kIsaNames, kIsaNames + static_cast<int>(best_isa()) + 1);
+    }, "Those that this CPU has, the best last.");
     m.def("use_instruction_set", &use_instruction_set, "Uses a lesser one than the best, to test it or to compare.");
     m.def("shares_threads", [] { return gomp_parallel() != nullptr; },
           "Whether PyTorch's OpenMP threads were found; if not, these kernels run on one thread.");

@@ -1,4 +1,4 @@
-"""The model's operations on the CPU: the local block and global attention as one pass each, see csrc/cpu_kernels.cpp.
+"""The model's operations on the CPU: the local block and global attention as one pass each, see csrc/cpu/.
 
 A row's result does not depend on where it lies and what else is in the batch. Our kernels sum in one fixed order; what
 goes through a matrix library, the global track and the heads, does so in groups of a fixed number of rows, the last one
@@ -9,6 +9,7 @@ where attention weights are asked for do attention's gradients come from the pla
 same bits with gradients and without.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, cast
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from proteinbert_fast import _cpu_kernels
 from proteinbert_fast.config import ProteinBertConfig
+from proteinbert_fast.errors import InputError
 from proteinbert_fast.ops import reference
 from proteinbert_fast.ops.prepared import prepared
 from proteinbert_fast.ops.recompute import recomputed
@@ -34,6 +36,9 @@ from proteinbert_fast.ops.reference import (
 )
 from proteinbert_fast.packing import PackedBatch
 
+# Of the numbers that kernels of one instruction set give: counted up with every change of any bit.
+KERNELS_VERSION = 2
+ISA_SWITCH = "PROTEINBERT_FAST_ISA"
 PROTEIN_GROUP = 16
 ROW_GROUP = 2048
 DTYPES = (torch.float32, torch.bfloat16)
@@ -51,6 +56,29 @@ def unsupported(config: ProteinBertConfig, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"the dtype is {str(dtype).removeprefix('torch.')}, not float32 or bfloat16"
     return None
+
+
+def force_instruction_set(name: str | None) -> None:
+    """Makes kernels run with an instruction set that this CPU has, whichever is the best.
+
+    Args:
+        name: of the set, as the environment variable PROTEINBERT_FAST_ISA gives it; nothing is changed where it is
+            None or empty.
+
+    Raises:
+        InputError: this CPU, or this build, has no such set.
+    """
+    if not name:
+        return
+    known = _cpu_kernels.instruction_sets()
+    if name not in known:
+        raise InputError(f"{ISA_SWITCH} is {name!r} in the environment: this CPU has {', '.join(known)}")
+    _cpu_kernels.use_instruction_set(name)
+
+
+def kernels_in_use() -> str:
+    """What decides the bits of these kernels' results: the same on any CPU that has the instruction set."""
+    return f"{_cpu_kernels.instruction_set()}, version {KERNELS_VERSION}"
 
 
 def in_groups(function: Callable[..., Tensor], *rows: Tensor, size: int = PROTEIN_GROUP) -> Tensor:
@@ -517,3 +545,6 @@ def sum_annotations(annotations: Tensor | tuple[Tensor, Tensor], weight: Tensor)
     if isinstance(annotations, Tensor):
         return in_groups(lambda dense: reference.sum_annotations(dense, weight), annotations)
     return reference.sum_annotations(annotations, weight)
+
+
+force_instruction_set(os.environ.get(ISA_SWITCH))
