@@ -36,7 +36,7 @@ void by_dtype(bool is_bf16, const Function& function) {
         function(float{});
 }
 
-enum class Kind { local_block, local_block_backward, attention, attention_backward };
+enum class Kind { local_block, local_block_backward, attention, attention_backward, global_block, conditioning };
 
 // Packed weights, with what they were packed for: kernels of another instruction set would read something else.
 struct Packed {
@@ -92,6 +92,57 @@ Packed pack_attention(std::uintptr_t key_weight, std::uintptr_t value_weight, in
         }
     });
     return packed;
+}
+
+Packed pack_global_block(const std::vector<std::uintptr_t>& weights, int width, bool is_bf16, int threads) {
+    check_channels("width", width);
+    if (weights.size() != 8) throw std::invalid_argument("a global block has 8 weights");
+    const Isa which = isa;
+    Packed packed{nullptr, Kind::global_block, which, is_bf16, width, 0, 0, 0};
+    by_dtype(is_bf16, [&](auto zero) {
+        using T = decltype(zero);
+        const auto& w = weights;
+        const GlobalBlockWeights<T> from{at<const T>(w[0]),     at<const float>(w[1]), at<const float>(w[2]),
+                                         at<const float>(w[3]), at<const T>(w[4]),     at<const float>(w[5]),
+                                         at<const float>(w[6]), at<const float>(w[7]), width};
+        PBF_CALL(which, packed.weights =, pack_global_block(from, threads));
+    });
+    return packed;
+}
+
+Packed pack_conditioning(std::uintptr_t query, std::uintptr_t broadcast, std::uintptr_t broadcast_bias, int width, int keys,
+                         int channels, bool is_bf16, int threads) {
+    check_channels("width", width);
+    check_channels("keys", keys);
+    check_channels("channels", channels);
+    const Isa which = isa;
+    Packed packed{nullptr, Kind::conditioning, which, is_bf16, width, 0, 0, 0};
+    by_dtype(is_bf16, [&](auto zero) {
+        using T = decltype(zero);
+        const ConditioningWeights<T> from{at<const T>(query), at<const T>(broadcast), at<const float>(broadcast_bias), width, keys,
+                                          channels};
+        PBF_CALL(which, packed.weights =, pack_conditioning(from, threads));
+    });
+    return packed;
+}
+
+void global_block(const Packed& packed, std::uintptr_t state, std::uintptr_t pooled, std::uintptr_t hidden, std::uintptr_t out,
+                  int proteins, int threads) {
+    const PackedWeights& weights = packed.as(Kind::global_block);
+    by_dtype(packed.is_bf16, [&](auto zero) {
+        using T = decltype(zero);
+        const GlobalBlock<T> a{at<const T>(state), at<const T>(pooled), at<T>(hidden), at<T>(out)};
+        PBF_CALL(packed.isa, , global_block(weights, a, proteins, threads));
+    });
+}
+
+void conditioning(const Packed& packed, std::uintptr_t state, std::uintptr_t query, std::uintptr_t broadcast, int proteins,
+                  int threads) {
+    const PackedWeights& weights = packed.as(Kind::conditioning);
+    by_dtype(packed.is_bf16, [&](auto zero) {
+        using T = decltype(zero);
+        PBF_CALL(packed.isa, , conditioning(weights, at<const T>(state), at<T>(query), at<T>(broadcast), proteins, threads));
+    });
 }
 
 // From states `x`, or from tokens where that is 0; `hidden`, and `narrow` with `wide`, may be 0.
@@ -243,6 +294,10 @@ PYBIND11_MODULE(_cpu_kernels, m) {
     m.attr("TILE") = kTile;
     m.def("pack_local_block", &pack_local_block);
     m.def("pack_attention", &pack_attention);
+    m.def("pack_global_block", &pack_global_block);
+    m.def("pack_conditioning", &pack_conditioning);
+    m.def("global_block", &global_block);
+    m.def("conditioning", &conditioning);
     m.def("local_block", &local_block);
     m.def("attention", &attention);
     m.def("attention_finish", &attention_finish);

@@ -26,6 +26,21 @@ def pack_attention(
     is_bf16: bool,
     threads: int,
 ) -> Packed: ...
+def pack_global_block(weights: list[int], width: int, is_bf16: bool, threads: int) -> Packed: ...
+def pack_conditioning(
+    query: int,
+    broadcast: int,
+    broadcast_bias: int,
+    width: int,
+    keys: int,
+    channels: int,
+    is_bf16: bool,
+    threads: int,
+) -> Packed: ...
+def global_block(
+    packed: Packed, state: int, pooled: int, hidden: int, out: int, proteins: int, threads: int
+) -> None: ...
+def conditioning(packed: Packed, state: int, query: int, broadcast: int, proteins: int, threads: int) -> None: ...
 def local_block(
     packed: Packed,
     x: int,

@@ -14,4 +14,5 @@
 #include "attention.h"
 #include "local_block_backward.h"
 #include "attention_backward.h"
+#include "global_block.h"
 #include "protein_sums.h"

@@ -97,6 +97,30 @@ struct AttentionBackward {
     float* d_weights;           // (channels, heads * d_key + heads * d_value), which is added to, or null
 };
 
+// Of a block's global track.
+template <class T>
+struct GlobalBlockWeights {
+    const T* dense1;  // (width, width), as is dense2
+    const float *dense1_bias, *norm1, *norm1_bias;
+    const T* dense2;
+    const float *dense2_bias, *norm2, *norm2_bias;
+    int width;
+};
+
+template <class T>
+struct GlobalBlock {
+    const T *state, *pooled;  // (proteins, width)
+    T *hidden, *out;          // (proteins, width), after the first norm and the second
+};
+
+// Of what a block takes from the global states: a query for attention, and what is broadcast to a protein's rows.
+template <class T>
+struct ConditioningWeights {
+    const T *query, *broadcast;  // (keys, width), (channels, width)
+    const float* broadcast_bias;
+    int width, keys, channels;
+};
+
 // The gradient of a matrix, or of a convolution's: out[t][i][o] += the sum over rows r of
 // x[r + (t - taps / 2) * dilation][i] * gradient[r][o].
 template <class T>

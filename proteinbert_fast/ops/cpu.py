@@ -528,16 +528,75 @@ def _global_attention(
 
 
 def global_block(global_state: Tensor, pooled: Tensor, weights: GlobalBlockWeights) -> GlobalStates:
-    """``reference.global_block`` in groups."""
-    both = in_groups(lambda g, p: torch.cat(reference.global_block(g, p, weights), dim=-1), global_state, pooled)
-    return GlobalStates(*both.chunk(2, dim=-1))
+    """``reference.global_block``, in the dtype of ``global_state``: (B, G) in, hidden and new states (B, G) out."""
+    if global_state.shape[1] % 16:
+        both = in_groups(lambda g, p: torch.cat(reference.global_block(g, p, weights), dim=-1), global_state, pooled)
+        return GlobalStates(*both.chunk(2, dim=-1))
+    return GlobalStates(*recomputed(_global_block, _plain_global_block, global_state, pooled, *weights))
+
+
+def _plain_global_block(global_state: Tensor, pooled: Tensor, *weights: Tensor) -> GlobalStates:
+    return reference.global_block(global_state, pooled, GlobalBlockWeights(*weights))
+
+
+def _global_block(global_state: Tensor, pooled: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = global_state.dtype
+    packed = prepared(_pack_global_block, *weights, key=(dtype, _cpu_kernels.instruction_set()))
+    global_state, pooled = global_state.contiguous(), pooled.to(dtype).contiguous()
+    hidden, out = torch.empty_like(global_state), torch.empty_like(global_state)
+    _cpu_kernels.global_block(
+        packed, global_state.data_ptr(), pooled.data_ptr(), hidden.data_ptr(), out.data_ptr(),
+        len(global_state), torch.get_num_threads(),
+    )  # fmt: skip
+    return hidden, out
+
+
+def _pack_global_block(*weights_and_key: Any) -> _cpu_kernels.Packed:
+    *parameters, dtype, _ = weights_and_key
+    names = GlobalBlockWeights._fields
+    taken = [
+        weight.to(dtype if name in {"dense1_weight", "dense2_weight"} else torch.float32).contiguous()
+        for name, weight in zip(names, parameters, strict=True)
+    ]
+    return _cpu_kernels.pack_global_block(
+        list(map(_address, taken)), len(taken[0]), dtype == torch.bfloat16, torch.get_num_threads()
+    )
 
 
 def message(global_state: Tensor, weights: MessageWeights) -> Message:
-    """``reference.message`` in groups."""
-    both = in_groups(lambda g: torch.cat(reference.message(g, weights), dim=-1), global_state)
-    n_queries = len(weights.query_weight)
-    return Message(both[:, :n_queries], both[:, n_queries:])
+    """``reference.message``, in the dtype of ``global_state``: (B, G) in, query (B, H * K) and broadcast (B, D) out."""
+    if global_state.shape[1] % 16 or len(weights.query_weight) % 16 or len(weights.broadcast_weight) % 16:
+        both = in_groups(lambda g: torch.cat(reference.message(g, weights), dim=-1), global_state)
+        n_queries = len(weights.query_weight)
+        return Message(both[:, :n_queries], both[:, n_queries:])
+    return Message(*recomputed(_message, _plain_message, global_state, *weights))
+
+
+def _plain_message(global_state: Tensor, *weights: Tensor) -> Message:
+    return reference.message(global_state, MessageWeights(*weights))
+
+
+def _message(global_state: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    packed = prepared(_pack_message, *weights, key=(global_state.dtype, _cpu_kernels.instruction_set()))
+    global_state = global_state.contiguous()
+    query, broadcast = (
+        global_state.new_empty(len(global_state), len(weight)) for weight in (weights[0], weights[1])
+    )
+    _cpu_kernels.conditioning(
+        packed, global_state.data_ptr(), query.data_ptr(), broadcast.data_ptr(),
+        len(global_state), torch.get_num_threads(),
+    )  # fmt: skip
+    return query, broadcast
+
+
+def _pack_message(*weights_and_key: Any) -> _cpu_kernels.Packed:
+    query_weight, broadcast_weight, broadcast_bias, dtype, _ = weights_and_key
+    query_weight, broadcast_weight = query_weight.to(dtype).contiguous(), broadcast_weight.to(dtype).contiguous()
+    bias = broadcast_bias.float().contiguous()
+    return _cpu_kernels.pack_conditioning(
+        query_weight.data_ptr(), broadcast_weight.data_ptr(), bias.data_ptr(), query_weight.shape[1],
+        len(query_weight), len(broadcast_weight), dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def sum_annotations(annotations: Tensor | tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
