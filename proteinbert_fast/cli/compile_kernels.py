@@ -18,7 +18,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the command to the program's parser."""
     parser = subparsers.add_parser(
         "compile-kernels",
-        help="compile the GPU kernels ahead, on a machine with or without a GPU",
+        help="compile the GPU kernels ahead, without a GPU too",
         description="Compile the GPU kernels of a model into Triton's cache (TRITON_CACHE_DIR, or ~/.triton/cache), so "
         "that a first call on a GPU need not. For a container image, say: no GPU is needed where it is built, only "
         "the Triton, Python and proteinbert_fast that will run.",

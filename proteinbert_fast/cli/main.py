@@ -37,7 +37,7 @@ COMMANDS = {
     "doctor": ("proteinbert_fast.cli.doctor", "show versions, devices and back ends, and run a self-check"),
     "compile-kernels": (
         "proteinbert_fast.cli.compile_kernels",
-        "compile the GPU kernels ahead, on a machine with or without a GPU",
+        "compile the GPU kernels ahead, without a GPU too",
     ),
     "bench": ("proteinbert_fast.cli.bench", "measure speed and memory on this machine"),
 }
