@@ -32,7 +32,7 @@ def extension(name: str) -> Pybind11Extension:
     return Pybind11Extension(
         f"proteinbert_fast._{name}",
         [f"csrc/{name}.cpp"],
-        depends=sorted(glob("csrc/*.h")),
+        depends=sorted(glob("csrc/**/*.h", recursive=True)),
         cxx_std=17,
         # Vectors of 64 bytes never leave a file, so how they would be passed between files does not matter.
         extra_compile_args=["-O3", "-Wno-psabi"],

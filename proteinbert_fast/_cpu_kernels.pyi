@@ -3,32 +3,52 @@ SUMS: int
 TILE: int
 UNIT: int
 
+class Packed: ...
+
+def pack_local_block(
+    weights: list[int],
+    embedding: int,
+    channels: int,
+    taps: int,
+    wide_dilation: int,
+    backward: bool,
+    is_bf16: bool,
+    threads: int,
+) -> Packed: ...
+def pack_attention(
+    key_weight: int,
+    value_weight: int,
+    channels: int,
+    heads: int,
+    d_key: int,
+    d_value: int,
+    backward: bool,
+    is_bf16: bool,
+    threads: int,
+) -> Packed: ...
 def local_block(
+    packed: Packed,
     x: int,
     tokens: int,
-    embedding: int,
     broadcast: int,
     segments: int,
-    weights: list[int],
     hidden: int,
     local: int,
     narrow: int,
     wide: int,
-    first: int,
-    last: int,
-    channels: int,
-    taps: int,
-    wide_dilation: int,
-    is_bf16: bool,
+    starts: int,
+    lengths: int,
+    proteins: int,
+    gap: int,
+    rows: int,
     threads: int,
 ) -> None: ...
 def local_block_backward(
+    packed: Packed,
     x: int,
     tokens: int,
-    embedding: int,
     broadcast: int,
     segments: int,
-    weights: list[int],
     narrow: int,
     wide: int,
     d_local: int,
@@ -37,18 +57,16 @@ def local_block_backward(
     d_x: int,
     d_tables: int,
     sums: int,
+    starts: int,
+    lengths: int,
+    proteins: int,
     gap: int,
     rows: int,
-    channels: int,
-    taps: int,
-    wide_dilation: int,
-    is_bf16: bool,
     threads: int,
 ) -> None: ...
 def attention(
+    packed: Packed,
     local: int,
-    key_weight: int,
-    value_weight: int,
     query: int,
     starts: int,
     lengths: int,
@@ -56,19 +74,14 @@ def attention(
     proteins: int,
     partials: int,
     weights: int,
-    channels: int,
-    heads: int,
-    d_key: int,
-    d_value: int,
-    is_bf16: bool,
     threads: int,
 ) -> None: ...
 def attention_finish(
     partials: int, slots: int, proteins: int, out: int, denominators: int, heads: int, d_value: int
 ) -> None: ...
 def attention_backward(
+    packed: Packed,
     local: int,
-    keys_values_weight: int,
     query: int,
     starts: int,
     lengths: int,
@@ -80,11 +93,6 @@ def attention_backward(
     d_local: int,
     d_query: int,
     d_weights: int,
-    channels: int,
-    heads: int,
-    d_key: int,
-    d_value: int,
-    is_bf16: bool,
     threads: int,
 ) -> None: ...
 def weight_gradient(
@@ -104,5 +112,6 @@ def protein_sums(
     rows: int, starts: int, lengths: int, proteins: int, out: int, channels: int, is_bf16: bool, threads: int
 ) -> None: ...
 def instruction_set() -> str: ...
+def instruction_sets() -> list[str]: ...
 def shares_threads() -> bool: ...
 def use_instruction_set(name: str) -> None: ...

@@ -28,6 +28,7 @@ from proteinbert_fast.embedding.selection import Layers, Per, Pooling, Selection
 from proteinbert_fast.embedding.sources import FastaSource, Layout, MemorySource, Scan, open_source
 from proteinbert_fast.errors import InputError
 from proteinbert_fast.model import ProteinBert
+from proteinbert_fast.ops.cpu import kernels_in_use
 from proteinbert_fast.weights import DEFAULT_MODEL
 
 logger = logging.getLogger("proteinbert_fast")
@@ -376,6 +377,8 @@ class _Job:
             "duplicates": options.duplicates,
             "input": self.scan.fingerprint,
         }
+        if run["backend"] == "cpu":
+            run["kernels"] = kernels_in_use()
         if run["backend"] == "reference":
             # The other back ends give a protein the same bits in any batch.
             run["tokens_per_batch"] = self.plan.tokens_per_batch

@@ -1,4 +1,4 @@
-"""The model's operations on the CPU: the local block and global attention as one pass each, see csrc/cpu_kernels.cpp.
+"""The model's operations on the CPU: the local block and global attention as one pass each, see csrc/cpu/.
 
 A row's result does not depend on where it lies and what else is in the batch. Our kernels sum in one fixed order; what
 goes through a matrix library, the global track and the heads, does so in groups of a fixed number of rows, the last one
@@ -9,6 +9,7 @@ where attention weights are asked for do attention's gradients come from the pla
 same bits with gradients and without.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, cast
@@ -20,7 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from proteinbert_fast import _cpu_kernels
 from proteinbert_fast.config import ProteinBertConfig
+from proteinbert_fast.errors import InputError
 from proteinbert_fast.ops import reference
+from proteinbert_fast.ops.prepared import prepared
 from proteinbert_fast.ops.recompute import recomputed
 from proteinbert_fast.ops.reference import (
     Attended,
@@ -33,6 +36,9 @@ from proteinbert_fast.ops.reference import (
 )
 from proteinbert_fast.packing import PackedBatch
 
+# Of the numbers that kernels of one instruction set give: counted up with every change of any bit.
+KERNELS_VERSION = 2
+ISA_SWITCH = "PROTEINBERT_FAST_ISA"
 PROTEIN_GROUP = 16
 ROW_GROUP = 2048
 DTYPES = (torch.float32, torch.bfloat16)
@@ -50,6 +56,29 @@ def unsupported(config: ProteinBertConfig, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"the dtype is {str(dtype).removeprefix('torch.')}, not float32 or bfloat16"
     return None
+
+
+def force_instruction_set(name: str | None) -> None:
+    """Makes kernels run with an instruction set that this CPU has, whichever is the best.
+
+    Args:
+        name: of the set, as the environment variable PROTEINBERT_FAST_ISA gives it; nothing is changed where it is
+            None or empty.
+
+    Raises:
+        InputError: this CPU, or this build, has no such set.
+    """
+    if not name:
+        return
+    known = _cpu_kernels.instruction_sets()
+    if name not in known:
+        raise InputError(f"{ISA_SWITCH} is {name!r} in the environment: this CPU has {', '.join(known)}")
+    _cpu_kernels.use_instruction_set(name)
+
+
+def kernels_in_use() -> str:
+    """What decides the bits of these kernels' results: the same on any CPU that has the instruction set."""
+    return f"{_cpu_kernels.instruction_set()}, version {KERNELS_VERSION}"
 
 
 def in_groups(function: Callable[..., Tensor], *rows: Tensor, size: int = PROTEIN_GROUP) -> Tensor:
@@ -157,7 +186,7 @@ def _local_block(
 
     ``states`` are rows, or where ``tokens`` are given the 26 tokens' states.
     """
-    x, tokens, embedding = _sources(tokens, states)
+    x, tokens = (states.contiguous(), None) if tokens is None else (None, tokens.to(torch.uint8).contiguous())
     broadcast = broadcast.float().contiguous()
     shape = batch.n_rows, states.shape[1]
     local = states.new_empty(shape)
@@ -168,23 +197,45 @@ def _local_block(
     for state in (hidden, local):
         state[:first] = 0
         state[last:] = 0
-    as_kernels_take_them = _in_dtype(weights, states.dtype)
     _cpu_kernels.local_block(
-        _address(x), _address(tokens), _address(embedding), broadcast.data_ptr(), batch.segments.data_ptr(),
-        list(map(_address, as_kernels_take_them)),
+        _packed_local_block(weights, states, tokens is not None, wide_dilation, backward=False),
+        _address(x), _address(tokens), broadcast.data_ptr(), batch.segments.data_ptr(),
         hidden.data_ptr() if keep_hidden else 0, local.data_ptr(),
         narrow.data_ptr() if keep_convolutions else 0, wide.data_ptr() if keep_convolutions else 0,
-        first, last, shape[1], weights.narrow_weight.shape[-1], wide_dilation,
-        states.dtype == torch.bfloat16, torch.get_num_threads(),
+        batch.starts.data_ptr(), batch.lengths.data_ptr(), len(batch.lengths), batch.gap, batch.n_rows,
+        torch.get_num_threads(),
     )  # fmt: skip
     return hidden, local, narrow, wide
 
 
-def _sources(tokens: Tensor | None, states: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Rows, or tokens and the states of each, those of gaps too: as kernels take them."""
-    if tokens is None:
-        return states.contiguous(), None, None
-    return None, tokens.to(torch.uint8).contiguous(), F.pad(states, (0, 0, 0, 1)).contiguous()
+def _packed_local_block(
+    weights: LocalBlockWeights, states: Tensor, takes_tokens: bool, wide_dilation: int, backward: bool
+) -> _cpu_kernels.Packed:
+    """Weights as this CPU's kernels take them; ``states`` are those of each token where the block takes tokens."""
+    key = (states.dtype, wide_dilation, backward, _cpu_kernels.instruction_set())
+    if takes_tokens:
+        return prepared(_pack_first_block, states, *weights, key=key)
+    return prepared(_pack_local_block, *weights, key=key)
+
+
+def _pack_first_block(states: Tensor, *weights_and_key: Any) -> _cpu_kernels.Packed:
+    # Those of gaps too.
+    return _pack(F.pad(states.detach(), (0, 0, 0, 1)).contiguous(), *weights_and_key)
+
+
+def _pack_local_block(*weights_and_key: Any) -> _cpu_kernels.Packed:
+    return _pack(None, *weights_and_key)
+
+
+def _pack(embedding: Tensor | None, *weights_and_key: Any) -> _cpu_kernels.Packed:
+    *parameters, dtype, wide_dilation, backward, _ = weights_and_key
+    weights = LocalBlockWeights(*parameters)
+    channels, _, taps = weights.narrow_weight.shape
+    factors = _in_dtype(weights, dtype)
+    return _cpu_kernels.pack_local_block(
+        list(map(_address, factors)), _address(embedding), channels, taps, wide_dilation, backward,
+        dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _floats(*shape: int) -> Tensor:
@@ -217,7 +268,7 @@ def _local_block_backward(
     d_local: Tensor | None,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    x, tokens, embedding = _sources(tokens, states)
+    x, tokens = (states.contiguous(), None) if tokens is None else (None, tokens.to(torch.uint8).contiguous())
     broadcast_float = broadcast.float().contiguous()
     shape, taps = (batch.n_rows, states.shape[1]), weights.narrow_weight.shape[-1]
     wants = dict(zip(("states", "broadcast", *weights._fields), wanted, strict=True))
@@ -232,12 +283,13 @@ def _local_block_backward(
         d_tables = _floats(_cpu_kernels.PARTS, len(states) + 1, 2 * taps + 1, shape[1])
     sums = _floats(-(-batch.n_rows // _cpu_kernels.UNIT), _cpu_kernels.SUMS, shape[1])
     _cpu_kernels.local_block_backward(
-        _address(x), _address(tokens), _address(embedding), broadcast_float.data_ptr(), batch.segments.data_ptr(),
-        list(map(_address, factors)), convolved[0].data_ptr(), convolved[1].data_ptr(),
+        _packed_local_block(weights, states, tokens is not None, wide_dilation, backward=True),
+        _address(x), _address(tokens), broadcast_float.data_ptr(), batch.segments.data_ptr(),
+        convolved[0].data_ptr(), convolved[1].data_ptr(),
         d_local.data_ptr(), _address(d_hidden), list(map(_address, results)),
         _address(d_x), _address(d_tables), sums.data_ptr(),
-        batch.gap, batch.n_rows, shape[1], taps, wide_dilation,
-        states.dtype == torch.bfloat16, torch.get_num_threads(),
+        batch.starts.data_ptr(), batch.lengths.data_ptr(), len(batch.lengths), batch.gap, batch.n_rows,
+        torch.get_num_threads(),
     )  # fmt: skip
     d_broadcast = None
     if wants["broadcast"]:
@@ -378,7 +430,6 @@ class _GlobalAttention(torch.autograd.Function):
         query_float = query.float().contiguous()
         channels = local.shape[1]
         n_keys, n_values = len(key_weight), len(value_weight)
-        weight = torch.cat([key_weight.to(local.dtype), value_weight.to(local.dtype)])
         slots = _slots(batch)
         d_local = torch.empty_like(local)
         d_local[(batch.segments < 0).nonzero()[:, 0]] = 0
@@ -386,12 +437,11 @@ class _GlobalAttention(torch.autograd.Function):
         wants_local, wants_query, wants_key, wants_value = ctx.needs_input_grad[2:]
         d_weight = _floats(channels, n_keys + n_values).zero_() if wants_key or wants_value else None
         _cpu_kernels.attention_backward(
-            local.data_ptr(), weight.data_ptr(), query_float.data_ptr(),
+            _packed_attention(key_weight, value_weight, n_heads, local.dtype, backward=True),
+            local.data_ptr(), query_float.data_ptr(),
             batch.starts.data_ptr(), batch.lengths.data_ptr(), slots.data_ptr(), len(batch),
             denominators.data_ptr(), pooled.data_ptr(), d_pooled.data_ptr(),
-            d_local.data_ptr(), d_query.data_ptr(), _address(d_weight),
-            channels, n_heads, n_keys // n_heads, n_values // n_heads,
-            local.dtype == torch.bfloat16, torch.get_num_threads(),
+            d_local.data_ptr(), d_query.data_ptr(), _address(d_weight), torch.get_num_threads(),
         )  # fmt: skip
         d_key = d_value = None
         if d_weight is not None:
@@ -404,6 +454,25 @@ class _GlobalAttention(torch.autograd.Function):
             _as_weight(d_key, key_weight) if wants_key else None,
             _as_weight(d_value, value_weight) if wants_value else None,
         )
+
+
+def _packed_attention(
+    key_weight: Tensor, value_weight: Tensor, n_heads: int, dtype: torch.dtype, backward: bool
+) -> _cpu_kernels.Packed:
+    """Weights as this CPU's kernels take them, for states of a dtype."""
+    key = (n_heads, dtype, backward, _cpu_kernels.instruction_set())
+    return prepared(_pack_attention, key_weight, value_weight, key=key)
+
+
+def _pack_attention(
+    key_weight: Tensor, value_weight: Tensor, n_heads: int, dtype: torch.dtype, backward: bool, _: str
+) -> _cpu_kernels.Packed:
+    key_weight, value_weight = key_weight.to(dtype).contiguous(), value_weight.to(dtype).contiguous()
+    return _cpu_kernels.pack_attention(
+        key_weight.data_ptr(), value_weight.data_ptr(), key_weight.shape[1], n_heads,
+        len(key_weight) // n_heads, len(value_weight) // n_heads,
+        backward, dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _slots(batch: PackedBatch) -> Tensor:
@@ -425,17 +494,15 @@ def _pooled(
     """Pooled values (B, H * V), denominators (B, H) and, or (0, H), numerators of weights (R, H), all float32."""
     local = local.contiguous()
     dtype, n_proteins = local.dtype, len(batch)
-    d_key, d_value = len(key_weight) // n_heads, len(value_weight) // n_heads
+    d_value = len(value_weight) // n_heads
     query = query.float().contiguous()
-    key_weight, value_weight = key_weight.to(dtype).contiguous(), value_weight.to(dtype).contiguous()
     slots = _slots(batch)
     partials = _floats(int(slots[-1]), n_heads, 1 + d_value)
     weights = _floats(batch.n_rows if return_weights else 0, n_heads).zero_()
     _cpu_kernels.attention(
-        local.data_ptr(), key_weight.data_ptr(), value_weight.data_ptr(), query.data_ptr(),
-        batch.starts.data_ptr(), batch.lengths.data_ptr(), slots.data_ptr(), n_proteins,
-        partials.data_ptr(), weights.data_ptr() if return_weights else 0,
-        local.shape[1], n_heads, d_key, d_value, dtype == torch.bfloat16, torch.get_num_threads(),
+        _packed_attention(key_weight, value_weight, n_heads, dtype, backward=False),
+        local.data_ptr(), query.data_ptr(), batch.starts.data_ptr(), batch.lengths.data_ptr(), slots.data_ptr(),
+        n_proteins, partials.data_ptr(), weights.data_ptr() if return_weights else 0, torch.get_num_threads(),
     )  # fmt: skip
     pooled = _floats(n_proteins, n_heads * d_value)
     denominators = _floats(n_proteins, n_heads)
@@ -478,3 +545,6 @@ def sum_annotations(annotations: Tensor | tuple[Tensor, Tensor], weight: Tensor)
     if isinstance(annotations, Tensor):
         return in_groups(lambda dense: reference.sum_annotations(dense, weight), annotations)
     return reference.sum_annotations(annotations, weight)
+
+
+force_instruction_set(os.environ.get(ISA_SWITCH))

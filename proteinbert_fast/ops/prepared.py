@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -69,14 +69,16 @@ class Prepared:
     """What was made of weights.
 
     Attributes:
-        value: the tensor; the same one for good, because CUDA graphs read it.
+        value: the tensor, the same one for good, because CUDA graphs read it; or what kernels for CPUs take.
     """
+
+    value: Any
 
     __slots__ = ("__weakref__", "_event", "_is_stale", "_key", "_make", "_sources", "_stream", "value")
 
     def __init__(
         self,
-        make: Callable[..., Tensor],
+        make: Callable[..., Any],
         key: tuple[Hashable, ...],
         sources: tuple[Tensor, ...],
         when_gone: Callable[[object], object],
@@ -88,13 +90,13 @@ class Prepared:
         self.value = self._made(sources)
         self._note_stream()
 
-    def _made(self, sources: tuple[Tensor, ...]) -> Tensor:
+    def _made(self, sources: tuple[Tensor, ...]) -> Any:
         # A buffer made in inference mode could not be written outside it.
         with torch.inference_mode(False), torch.no_grad():
             return self._make(*sources, *self._key)
 
     def _note_stream(self) -> None:
-        self._stream = _current_stream(self.value.device)
+        self._stream = _stream_of(self.value)
         self._event = None if self._stream is None else self._stream.record_event()
 
     def sources(self) -> tuple[Tensor, ...] | None:
@@ -116,7 +118,7 @@ class Prepared:
         )
 
     def renew(self, sources: tuple[Tensor, ...]) -> None:
-        """Makes it again, in place.
+        """Makes it again, in place where it is a tensor.
 
         Whoever wrote to the weights has done so after all that read them: other kernels do as well, without a copy. So
         nobody on any stream still reads the old numbers. Where nothing was written, the new numbers are the old ones.
@@ -126,8 +128,11 @@ class Prepared:
         """
         versions = [tensor._version for tensor in sources]
         value = self._made(sources)
-        with torch.inference_mode(False), torch.no_grad():
-            self.value.copy_(value)
+        if isinstance(value, Tensor):
+            with torch.inference_mode(False), torch.no_grad():
+                self.value.copy_(value)
+        else:  # others may be reading the old one, which lives as long as they do
+            self.value = value
         for source, version in zip(self._sources, versions, strict=True):
             source.version = version
         self._is_stale = False
@@ -135,14 +140,14 @@ class Prepared:
 
     def wait(self) -> torch.cuda.Stream | None:
         """The current stream may read it, whichever stream made it; returns the current one if that is another."""
-        stream = _current_stream(self.value.device)
+        stream = _stream_of(self.value)
         if stream is None or self._event is None or stream == self._stream:
             return None
         stream.wait_event(self._event)
         return stream
 
-    def lend(self) -> Tensor:
-        """The tensor, for the current stream to read."""
+    def lend(self) -> Any:
+        """The value, for the current stream to read."""
         if (stream := self.wait()) is not None:
             # Its memory must not be given away before this stream is through.
             self.value.record_stream(stream)
@@ -157,7 +162,10 @@ class Prepared:
         return any(source.storage.cdata in storages for source in self._sources)
 
 
-def prepared(make: Callable[..., Tensor], *sources: Tensor, key: tuple[Hashable, ...] = ()) -> Tensor:
+Made = TypeVar("Made")
+
+
+def prepared(make: Callable[..., Made], *sources: Tensor, key: tuple[Hashable, ...] = ()) -> Made:
     """``make(*sources, *key)``, or what that call gave before.
 
     Made without being kept where ``reusing`` does not say otherwise, of tensors whose writes are not counted (those of
@@ -191,10 +199,12 @@ def prepared(make: Callable[..., Tensor], *sources: Tensor, key: tuple[Hashable,
             found.renew(sources)
         _kept[at] = found
         if not is_capturing:
-            return found.lend()
+            lent: Made = found.lend()
+            return lent
         assert _thread.recorded is not None
         _thread.recorded.append(found)
-        return found.value
+        value: Made = found.value
+        return value
 
 
 def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -312,6 +322,10 @@ def _storage(tensor: Tensor) -> int | None:
 
 def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _stream_of(value: object) -> torch.cuda.Stream | None:
+    return _current_stream(value.device) if isinstance(value, Tensor) else None
 
 
 def _is_capturing(device: torch.device) -> bool:

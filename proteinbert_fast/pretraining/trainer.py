@@ -32,6 +32,7 @@ from proteinbert_fast.devices import checked_device
 from proteinbert_fast.errors import BackendError, CheckpointError, InputError
 from proteinbert_fast.model import ProteinBert
 from proteinbert_fast.ops.backends import Backend
+from proteinbert_fast.ops.cpu import kernels_in_use
 from proteinbert_fast.pretraining.config import PretrainingConfig
 from proteinbert_fast.pretraining.objective import Objective, Task, divisors, make_task
 from proteinbert_fast.pretraining.optimizers import KerasAdam, Lamb, check_gradients, largest_gradients
@@ -444,7 +445,7 @@ class _Run:
             backend = self.model.backend_report().partition(" ")[0]
         return {
             "ranks": self.n_ranks, "device": self.device.type, "threads": threads, "backend": backend,
-            "torch": torch.__version__,
+            "kernels": kernels_in_use() if backend == "cpu" else None, "torch": torch.__version__,
         }  # fmt: skip
 
     def _newest(self) -> tuple[int, Path]:

@@ -1,13 +1,17 @@
 """The CPU back end against the float64 reference: every dtype, odd lengths, poisoned memory, gradients, bits."""
 
+import os
 import random
+import subprocess
+import sys
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proteinbert_fast import ProteinBertConfig, Tokenizer, _cpu_kernels
+from proteinbert_fast import ProteinBert, ProteinBertConfig, Tokenizer, _cpu_kernels
 from proteinbert_fast.model import Block
 from proteinbert_fast.ops import cpu, reference
 from proteinbert_fast.ops.reference import Embedded, LocalBlockWeights
@@ -469,8 +473,79 @@ def test_same_bits_in_every_tile(instruction_set, dtype):
             assert torch.equal(cpu.global_attention(alone, asked, batch[i], *weights, 2).pooled[0], pooled[i])
 
 
+def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("isa", _cpu_kernels.instruction_sets())
+def test_the_environment_forces_an_isa(isa):
+    code = "from proteinbert_fast.ops import cpu; print(cpu.kernels_in_use())"
+    assert in_a_process(code, PROTEINBERT_FAST_ISA=isa).stdout == f"{isa}, version {cpu.KERNELS_VERSION}\n"
+
+
+def test_an_isa_that_this_cpu_has_not_is_one_line():
+    done = in_a_process(
+        "from proteinbert_fast.cli.main import main; raise SystemExit(main(['doctor']))", PROTEINBERT_FAST_ISA="sse9"
+    )
+    assert done.returncode == 1
+    known = ", ".join(_cpu_kernels.instruction_sets())
+    assert done.stderr == (
+        f"proteinbert-fast: error: PROTEINBERT_FAST_ISA is 'sse9' in the environment: this CPU has {known}\n"
+    )
+
+
+def test_doctor_says_which_isa_runs():
+    code = "from proteinbert_fast.cli import doctor; print(dict(doctor._machine())['instruction set'])"
+    known = ", ".join(_cpu_kernels.instruction_sets())
+    assert in_a_process(code, PROTEINBERT_FAST_ISA="").stdout == f"{_cpu_kernels.instruction_sets()[-1]}, of {known}\n"
+    forced = in_a_process(code, PROTEINBERT_FAST_ISA="baseline").stdout
+    assert forced == f"baseline (PROTEINBERT_FAST_ISA=baseline), of {known}\n"
+
+
+def test_weights_packed_for_one_isa_run_with_it(instruction_set):
+    """Also after another one was chosen: kernels never read what is packed for others."""
+    block, batch, x, broadcast, _ = make(SIZES["published"], (70, 3))
+    with torch.no_grad():
+        before = cpu.local_block(x, broadcast, batch, block.local_weights(), 5)[1]
+        packed = cpu._packed_local_block(block.local_weights(), x, False, 5, backward=False)
+        _cpu_kernels.use_instruction_set("baseline")
+        after = torch.zeros_like(x)
+        _cpu_kernels.local_block(
+            packed, x.data_ptr(), 0, broadcast.data_ptr(), batch.segments.data_ptr(), 0, after.data_ptr(), 0, 0,
+            batch.starts.data_ptr(), batch.lengths.data_ptr(), len(batch), batch.gap, batch.n_rows, 1,
+        )  # fmt: skip
+    assert torch.equal(before, after)
+    with pytest.raises(ValueError, match="these weights are packed for another kernel"):
+        _cpu_kernels.attention(packed, 0, 0, 0, 0, 0, 0, 0, 0, 1)
+
+
+def test_packed_weights_are_kept_and_made_again():
+    """Once per weights: packing takes longer than a short protein."""
+    model = ProteinBert(SIZES["published"]).eval()
+    batch = Tokenizer()(["MKTAYIAKQRQISFVKSHFSRQ"])
+    made = []
+    pack = _cpu_kernels.pack_local_block
+    with torch.no_grad(), patch.object(_cpu_kernels, "pack_local_block", lambda *a: made.append(1) or pack(*a)):
+        first = model(batch).local_rows
+        assert len(made) == 1
+        assert torch.equal(model(batch).local_rows, first)
+        assert len(made) == 1
+        model.blocks[0].narrow_conv.weight.mul_(1.5)
+        second = model(batch).local_rows
+        assert len(made) == 2
+        assert not torch.equal(first, second)
+        model.blocks[0].local_norm1.weight.data.mul_(1.5)  # not counted by PyTorch
+        assert not torch.equal(model.eval()(batch).local_rows, second)
+        with torch.enable_grad():
+            model(batch)
+            model(batch)
+        assert len(made) == 5, "with gradients, in every call"
+
+
 def test_an_unknown_instruction_set_is_refused():
-    with pytest.raises(ValueError, match="instruction set 'mmx' is not to be had here; the best is"):
+    with pytest.raises(ValueError, match="instruction set 'mmx' is unavailable on this CPU; the best is"):
         _cpu_kernels.use_instruction_set("mmx")
 
 
@@ -480,10 +555,10 @@ def test_kernels_run_on_the_threads_of_torch():
 
 def test_sizes_that_do_not_fit_are_refused_by_the_kernels_too():
     with pytest.raises(ValueError, match="channels must be a multiple of 16 up to 4096, got 12"):
-        _cpu_kernels.local_block(0, 0, 0, 0, 0, [0] * 10, 0, 0, 0, 0, 0, 0, 12, 9, 5, False, 1)
-    with pytest.raises(ValueError, match="channels must be a multiple of 16 up to 4096, got 12"):
-        _cpu_kernels.local_block_backward(*[0] * 5, [0] * 10, 0, 0, 0, 0, [0] * 5, 0, 0, 0, 20, 20, 12, 9, 5, False, 1)
+        _cpu_kernels.pack_local_block([0] * 10, 0, 12, 9, 5, False, False, 1)
+    with pytest.raises(ValueError, match="taps must be odd, and the dilation at least 1"):
+        _cpu_kernels.pack_local_block([0] * 10, 0, 16, 8, 5, False, False, 1)
     with pytest.raises(ValueError, match="d_key must be a multiple of 16 up to 4096, got 12"):
-        _cpu_kernels.attention_backward(*[0] * 6, 0, *[0] * 6, 16, 1, 12, 16, False, 1)
+        _cpu_kernels.pack_attention(0, 0, 16, 1, 12, 16, True, False, 1)
     with pytest.raises(ValueError, match="columns must be a multiple of 16 up to 4096, got 12"):
         _cpu_kernels.weight_gradient(0, 0, 0, 0, 0, 16, 12, 9, 5, False, 1)
