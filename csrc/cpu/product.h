@@ -37,12 +37,15 @@ void product_tile(const Product<E>& p, const E* x, const E* w, const float* bias
         const Floats start = bias ? load(bias + kLanes * v) : Floats{};
         for (int r = 0; r < ROWS; ++r) total[r][v] = start;
     }
-    x -= std::int64_t{p.taps / 2} * p.dilation * p.inputs;
-    for (int t = 0; t < p.taps; ++t, x += std::int64_t{p.dilation} * p.inputs)
-        for (int k = 0; k < p.inputs; k += kPerStep<E>, w += kLanes * VECTORS * kPerStep<E>)
+    // 64 bits, because an int that may wrap is widened again for every row; counted up to zero, because twelve rows' addresses
+    // leave no register for an end.
+    const std::int64_t inputs = p.inputs;
+    x += inputs - p.taps / 2 * p.dilation * inputs;
+    for (int t = 0; t < p.taps; ++t, x += p.dilation * inputs)
+        for (std::int64_t k = -inputs; k < 0; k += kPerStep<E>, w += kLanes * VECTORS * kPerStep<E>)
             for (int r = 0; r < ROWS; ++r) {
                 Step<E> step;
-                std::memcpy(&step, x + r * p.inputs + k, sizeof step);
+                std::memcpy(&step, x + r * inputs + k, sizeof step);
                 for (int v = 0; v < VECTORS; ++v)
                     total[r][v] = multiply_add(total[r][v], step, w + kLanes * v * kPerStep<E>);
             }
