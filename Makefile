@@ -4,6 +4,7 @@
 #   make test         run the test suite                (PYTEST_ARGS="-k golden" for a part)
 #   make lint types   ruff; mypy
 #   make test-kernels compile-gate   the GPU kernels in Triton's interpreter; compiled for GPUs that are not here
+#   make cpu-gate     the CPU kernels compiled for every instruction set, their loops held to budgets
 #   make wheel-test   build sdist and wheel, run a part of the suite against the installed wheel
 #   make sanitize     on a GPU: bad memory accesses and races in the kernels, with NVIDIA's compute-sanitizer
 #   make pretrain-demo   a corpus of 2,000 real proteins, a small model trained on it, its curves: a few minutes
@@ -28,7 +29,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt proteinbert_fast/_version.py $(wildcard csrc/*)
 
-.PHONY: help embed test test-kernels test-kernel-tools compile-gate sanitize lint types wheel-test pretrain-demo bench dev clean
+.PHONY: help embed test test-kernels test-kernel-tools compile-gate cpu-gate sanitize lint types wheel-test pretrain-demo bench dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -117,6 +118,10 @@ compile-gate: $(TRITONS:%=compile-gate-%)
 
 compile-gate-%: $(VENV)/triton-%
 	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate $(if $(filter $(lastword $(TRITONS)),$*),,--brief)
+
+# Needs a compiler and objdump, no processor with the instruction sets. CXX=clang++-14 tries another compiler.
+cpu-gate: $(VENV)/.made
+	$(BIN)/python -m tests.ops.cpu_gate
 
 # On a machine with a GPU. SANITIZE_PYTHON is a Python that has torch with CUDA, triton, pytest and this package's
 # extensions; races are looked for on the smallest inputs, because that is slow. PyTorch's own allocator hides what
