@@ -11,6 +11,7 @@ linker keeps one copy for all of them, and no instruction that the set does not 
 
 import ast
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -25,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "tests" / "cpp" / "every_kernel.cpp"
+CROSS, CROSS_OBJDUMP = "aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump"
 NEVER = r"(?!)"
 
 
@@ -34,6 +36,9 @@ class InstructionSet:
 
     Attributes:
         name: the namespace of its kernels.
+        instructions: of a product's loop for each multiply-add of the largest tile, GCC's and Clang's. GCC's are the
+            loads of weights, a broadcast for each row, and three or four more; for SSE2 a multiply-add is two and a
+            copy, and a broadcast two. Clang computes rows' addresses in the loop.
         product: a multiply-add of float32, or the multiplication of one where they are two instructions.
         pairs: a multiply-add of pairs of bfloat16, or "" where there is no instruction for it.
         arithmetic: additions, subtractions, multiplications and multiply-adds of float32.
@@ -43,6 +48,7 @@ class InstructionSet:
     """
 
     name: str
+    instructions: tuple[float, float]
     product: str
     arithmetic: str
     full: str
@@ -67,12 +73,15 @@ NEON_ARITHMETIC = r"f(add|sub|mul|mla|mls|n?madd|n?msub)\t"
 BFDOT = r"bfdot\b"
 SETS = {
     "x86_64": (
-        InstructionSet("baseline", r"muls?[ps]s\b", r"(add|sub|mul)[ps]s\b", "%xmm", beyond=VEX),
-        InstructionSet("avx2", FUSED, X86_ARITHMETIC, "%ymm", own=VEX, beyond=EVEX),
-        InstructionSet("avx512", FUSED, X86_ARITHMETIC, "%zmm", own=VEX, beyond=PAIRS),
-        InstructionSet("avx512_bf16", FUSED, X86_ARITHMETIC, "%zmm", own=VEX, pairs=PAIRS),
+        InstructionSet("baseline", (4.0, 4.5), r"muls?[ps]s\b", r"(add|sub|mul)[ps]s\b", "%xmm", beyond=VEX),
+        InstructionSet("avx2", (2.1, 2.5), FUSED, X86_ARITHMETIC, "%ymm", own=VEX, beyond=EVEX),
+        InstructionSet("avx512", (1.8, 2.3), FUSED, X86_ARITHMETIC, "%zmm", own=VEX, beyond=PAIRS),
+        InstructionSet("avx512_bf16", (1.8, 2.3), FUSED, X86_ARITHMETIC, "%zmm", own=VEX, pairs=PAIRS),
     ),
-    "aarch64": (InstructionSet("baseline", NEON_PRODUCT, NEON_ARITHMETIC, r"v\d+\.4s", beyond=BFDOT),),
+    "aarch64": (
+        InstructionSet("baseline", (1.6, 1.8), NEON_PRODUCT, NEON_ARITHMETIC, r"v\d+\.4s", beyond=BFDOT),
+        InstructionSet("neon_bf16", (1.8, 1.9), NEON_PRODUCT, NEON_ARITHMETIC, r"v\d+\.4s", pairs=BFDOT, own=BFDOT),
+    ),
 }
 
 
@@ -250,19 +259,12 @@ def transforms_of(which: InstructionSet, functions: dict[str, list[Instruction]]
     return [kernel for kernel in found.values() if kernel.loops]
 
 
-# Instructions of a loop for each multiply-add of the largest tile. GCC's are the loads of weights, a broadcast for each
-# row, and three or four more; for SSE2 a multiply-add is two and a copy, and a broadcast two. Clang computes rows'
-# addresses in the loop.
-PER_MULTIPLY_ADD = {
-    ("baseline", False): 4.0, ("avx2", False): 2.1, ("avx512", False): 1.8, ("avx512_bf16", False): 1.8,
-    ("baseline", True): 4.5, ("avx2", True): 2.5, ("avx512", True): 2.3, ("avx512_bf16", True): 2.3,
-}  # fmt: skip
 # Accesses to the stack for addresses, of which there may be more than general registers: of rows in a transform, by
 # whether Clang compiles it, which makes a loop for each number of rows; of rows in the narrow tile of a last panel.
 TRANSFORM_STACK = {False: 2, True: 16}
 NARROW_STACK = 2
-# Those for vectors in a transform's loop: constants, where SSE2's sixteen registers hold no more.
-TRANSFORM_VECTORS = {"baseline": 1}
+# Those for vectors in a transform's loop: a constant, where SSE2's sixteen registers hold no more.
+TRANSFORM_VECTORS = {("x86_64", "baseline"): 1}
 
 
 def faults(tools: Toolchain, which: InstructionSet, functions: dict[str, list[Instruction]]) -> list[str]:
@@ -280,7 +282,7 @@ def faults(tools: Toolchain, which: InstructionSet, functions: dict[str, list[In
             if loop.multiply_adds % (rows * vectors):
                 lines.append(f"{tile.name}: {loop.multiply_adds} multiply-adds per turn, {rows * vectors} sums")
             lines += _common(tile.name, loop, 0 if vectors == largest[kernel, factor][1] else NARROW_STACK)
-            most = PER_MULTIPLY_ADD[which.name, tools.is_clang] * loop.multiply_adds
+            most = which.instructions[tools.is_clang] * loop.multiply_adds
             if (rows, vectors) == largest[kernel, factor] and loop.instructions > most:
                 lines.append(f"{tile.name}: {loop.instructions} instructions per turn, {most:.0f} allowed")
     transforms = transforms_of(which, functions)
@@ -288,7 +290,7 @@ def faults(tools: Toolchain, which: InstructionSet, functions: dict[str, list[In
         lines.append("Winograd's transforms: no loop with additions")
     for kernel_of in transforms:
         for loop in kernel_of.loops:
-            stack, vectors = TRANSFORM_STACK[tools.is_clang], TRANSFORM_VECTORS.get(which.name, 0)
+            stack, vectors = TRANSFORM_STACK[tools.is_clang], TRANSFORM_VECTORS.get((tools.machine, which.name), 0)
             lines += _common(kernel_of.name, loop, stack, vectors)
     return lines + leaks(which, functions)
 
@@ -361,6 +363,11 @@ def _run(command: Sequence[str]) -> str:
 
 def main() -> int:
     bad = check(toolchain())
+    # Neither is on every machine; where the whole check runs, both are.
+    if shutil.which(CROSS) or os.environ.get("CI") == "true":
+        bad += check(toolchain(CROSS, CROSS_OBJDUMP))
+    elif platform.machine() != "aarch64":
+        print(f"AArch64 was left out, because {CROSS} is not on PATH (on Debian and Ubuntu: g++-aarch64-linux-gnu)")
     print("every loop within its budget" if not bad else f"{bad} faults")
     return 1 if bad else 0
 

@@ -1,12 +1,16 @@
 """The gate itself: planted faults fail it, what is shipped passes. `make cpu-gate` runs it over everything."""
 
 import platform
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from .cpu_gate import (
+    CROSS,
+    CROSS_OBJDUMP,
     ROOT,
     SETS,
     InstructionSet,
@@ -205,6 +209,16 @@ def test_what_is_shipped_passes(tools):
     assert len(table(AVX2, functions)) >= 6  # both products, two transforms for each dtype
 
 
+def planted(folder: Path, old: str, new: str) -> Path:
+    """The C++ sources with one thing changed."""
+    shutil.copytree(ROOT / "csrc" / "cpu", folder / "cpu")
+    header = folder / "cpu" / "instruction_sets.h"
+    text = header.read_text()
+    assert text.count(old) == 1
+    header.write_text(text.replace(old, new))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "says"),
@@ -215,10 +229,17 @@ def test_what_is_shipped_passes(tools):
     ids=["wide vectors", "no fused multiply-add"],
 )
 def test_a_planted_regression_fails(tools, tmp_path, old, new, says):
-    csrc = tmp_path / "csrc"
-    shutil.copytree(ROOT / "csrc" / "cpu", csrc / "cpu")
-    header = csrc / "cpu" / "instruction_sets.h"
-    text = header.read_text()
-    assert text.count(old) == 1
-    header.write_text(text.replace(old, new))
+    csrc = planted(tmp_path / "csrc", old, new)
     assert any(says in line for line in faults(tools, AVX2, functions_of(disassemble(tools, AVX2, csrc))))
+
+
+@pytest.mark.slow
+def test_a_tile_too_high_for_neon_fails(tools, tmp_path):
+    """GCC loads the numbers of all six rows first, and then has too few of 32 registers for 24 sums."""
+    try:
+        cross = toolchain(CROSS, CROSS_OBJDUMP)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    csrc = planted(tmp_path / "csrc", "#define PBF_ROWS 5", "#define PBF_ROWS 6")
+    lines = faults(cross, NEON, functions_of(disassemble(cross, NEON, csrc)))
+    assert any(re.match(r"product_tile<6, 4, float>: \d+ vectors spilled to the stack", line) for line in lines)
