@@ -5,6 +5,8 @@
 #   make lint types   ruff; mypy
 #   make test-kernels compile-gate   the GPU kernels in Triton's interpreter; compiled for GPUs that are not here
 #   make test-oldest  ops, kernels, model and pretraining under the oldest PyTorch that is supported: downloads gigabytes
+#   make cpu-gate     the CPU kernels compiled for every instruction set, their loops held to budgets
+#   make cpp-test cpp-test-aarch64   the CPU kernels without Python; those for AArch64 in QEMU
 #   make wheel-test   build sdist and wheel, run a part of the suite against the installed wheel
 #   make gpu-first-dry-run   what a new GPU will be asked first, as far as it can be asked without one
 #   make sanitize     on a GPU: bad memory accesses and races in the kernels, with NVIDIA's compute-sanitizer
@@ -31,9 +33,9 @@ HOPPER_TRITONS ?= 3.7.1
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
-SOURCES := setup.py pyproject.toml constraints.txt proteinbert_fast/_version.py $(wildcard csrc/*)
+SOURCES := setup.py pyproject.toml constraints.txt proteinbert_fast/_version.py $(wildcard csrc/* csrc/cpu/*)
 
-.PHONY: help embed test test-kernels test-kernel-tools test-oldest compile-gate gpu-first-dry-run sanitize lint types wheel-test pretrain-demo bench dev clean
+.PHONY: help embed test test-kernels test-kernel-tools test-oldest compile-gate cpu-gate cpp-test cpp-test-aarch64 gpu-first-dry-run sanitize lint types wheel-test pretrain-demo bench dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -142,6 +144,38 @@ hopper-gate-%: $(VENV)/triton-%
 
 gpu-first-dry-run: $(VENV)/triton-$(lastword $(TRITONS))
 	PYTHONPATH=$(abspath $<) $(BIN)/python benchmarks/gpu_first.py --dry-run
+
+# Needs a compiler and objdump, no processor with the instruction sets. CXX=clang++-14 tries another compiler.
+cpu-gate: $(VENV)/.made
+	$(BIN)/python -m tests.ops.cpu_gate
+
+# The kernels take their threads from libgomp, which PyTorch brings elsewhere; nothing here refers to it by name.
+CPP_TEST := tests/cpp/cpu_kernels_test.cpp
+CPP_TEST_SOURCES := $(CPP_TEST) $(wildcard tests/cpp/*.h csrc/cpu/*.h)
+CPP_TEST_FLAGS := -std=c++17 -O3 -Wall -Wextra -Werror -Wno-psabi -Icsrc $(CPP_TEST) -Wl,--no-as-needed -lgomp
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+AARCH64_RUN ?= qemu-aarch64-static
+AARCH64_ROOT ?= /usr/aarch64-linux-gnu
+
+build/cpp/cpu_kernels_test: $(CPP_TEST_SOURCES)
+	@mkdir -p $(@D)
+	$(CXX) $(CPP_TEST_FLAGS) -o $@
+
+cpp-test: build/cpp/cpu_kernels_test
+	$<
+
+# An old processor, then one with BF16. Whoever lacks the tools need not install them; the whole check does.
+cpp-test-aarch64: $(CPP_TEST_SOURCES)
+	@missing=; for tool in $(AARCH64_CXX) $(AARCH64_RUN); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	if [ -n "$$missing" ]; then \
+		echo "make: not on PATH:$$missing; the kernels for AArch64 are not tested (on Debian and Ubuntu: apt install g++-aarch64-linux-gnu qemu-user-static)" >&2; \
+		[ "$(CI)" != true ]; \
+	else \
+		set -ex; mkdir -p build/cpp; \
+		$(AARCH64_CXX) $(CPP_TEST_FLAGS) -o build/cpp/cpu_kernels_test_aarch64; \
+		$(AARCH64_RUN) -L $(AARCH64_ROOT) -cpu cortex-a72 build/cpp/cpu_kernels_test_aarch64 baseline; \
+		$(AARCH64_RUN) -L $(AARCH64_ROOT) -cpu max build/cpp/cpu_kernels_test_aarch64 neon_bf16; \
+	fi
 
 # On a machine with a GPU. SANITIZE_PYTHON is a Python that has torch with CUDA, triton, pytest and this package's
 # extensions; races are looked for on the smallest inputs, because that is slow. PyTorch's own allocator hides what

@@ -10,15 +10,24 @@ using Factor = float;
 #endif
 
 constexpr int kColumns = kLanes * PBF_VECTORS;  // of a panel of packed weights
+constexpr bool kHasHalfPanels = kColumns > 16;  // products have multiples of 16 columns
 
 inline Floats multiply_add(Floats total, float x, const float* w) { return total + x * load(w); }
 
 #ifdef PBF_BF16_DOT
 inline Floats multiply_add(Floats total, std::int32_t pair, const bf16* w) {
+#ifdef __aarch64__
+    // Rounds the sum of the two products to odd, so its bits are not those of AVX-512's instruction.
+    bfloat16x8_t weights;
+    std::memcpy(&weights, w, sizeof weights);
+    const bfloat16x8_t pairs = vreinterpretq_bf16_s32(vdupq_n_s32(pair));
+    return reinterpret_cast<Floats>(vbfdotq_f32(reinterpret_cast<float32x4_t>(total), pairs, weights));
+#else
     const __m512i weights = _mm512_loadu_si512(w);
     return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(total),
                                                    reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)),
                                                    reinterpret_cast<__m512bh>(weights)));
+#endif
 }
 #endif
 
@@ -37,12 +46,15 @@ void product_tile(const Product<E>& p, const E* x, const E* w, const float* bias
         const Floats start = bias ? load(bias + kLanes * v) : Floats{};
         for (int r = 0; r < ROWS; ++r) total[r][v] = start;
     }
-    x -= std::int64_t{p.taps / 2} * p.dilation * p.inputs;
-    for (int t = 0; t < p.taps; ++t, x += std::int64_t{p.dilation} * p.inputs)
-        for (int k = 0; k < p.inputs; k += kPerStep<E>, w += kLanes * VECTORS * kPerStep<E>)
+    // 64 bits, because an int that may wrap is widened again for every row; counted up to zero, because twelve rows' addresses
+    // leave no register for an end.
+    const std::int64_t inputs = p.inputs;
+    x += inputs - p.taps / 2 * p.dilation * inputs;
+    for (int t = 0; t < p.taps; ++t, x += p.dilation * inputs)
+        for (std::int64_t k = -inputs; k < 0; k += kPerStep<E>, w += kLanes * VECTORS * kPerStep<E>)
             for (int r = 0; r < ROWS; ++r) {
                 Step<E> step;
-                std::memcpy(&step, x + r * p.inputs + k, sizeof step);
+                std::memcpy(&step, x + r * inputs + k, sizeof step);
                 for (int v = 0; v < VECTORS; ++v)
                     total[r][v] = multiply_add(total[r][v], step, w + kLanes * v * kPerStep<E>);
             }
@@ -73,9 +85,9 @@ void product(const Product<E>& p, const E* x, const Runs& runs, float* out) {
                 const E* at = x + std::int64_t{first} * p.inputs;
                 float* to = out + std::int64_t{first} * p.out_stride + column;
                 constexpr auto heights = std::make_integer_sequence<int, PBF_ROWS>{};
-                if (p.columns - column >= kColumns)
+                if (!kHasHalfPanels || p.columns - column >= kColumns)
                     product_tile_of<PBF_VECTORS>(rows, heights, p, at, w, bias, to);
-                else
+                else if constexpr (kHasHalfPanels)
                     product_tile_of<1>(rows, heights, p, at, w, bias, to);
             }
         }

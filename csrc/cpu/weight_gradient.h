@@ -57,9 +57,9 @@ void add_row_sums(const WeightGradient<T>& a, const Block<E>& block, int tap, in
         const E* at = x + std::int64_t{first} * kPerStep<E>;
         float* to = out + std::int64_t{first} * a.columns;
         constexpr auto heights = std::make_integer_sequence<int, PBF_ROWS>{};
-        if (a.columns - column >= kColumns)
+        if (!kHasHalfPanels || a.columns - column >= kColumns)
             row_sum_tile_of<PBF_VECTORS>(height, heights, block.rows, a.inputs, at, gradient, to, a.columns);
-        else
+        else if constexpr (kHasHalfPanels)
             row_sum_tile_of<1>(height, heights, block.rows, a.inputs, at, gradient, to, a.columns);
     }
 }

@@ -435,7 +435,7 @@ def test_gradient_of_weights_over_many_rows():
     assert ((found.double() - exact).abs() / exact).max() < 3e-5
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16", "neon_bf16"])
 def instruction_set(request):
     best = _cpu_kernels.instruction_set()
     try:
