@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <limits>
 #include <random>
+#include <tuple>
 
 #include "cpu/instruction_sets.h"
 #include "plain.h"
@@ -409,6 +410,72 @@ void test_weight_gradient(Isa which, std::int64_t rows, int taps, int dilation, 
     }
 }
 
+// Rows of a dense layer: x (rows, inputs) times w (columns, inputs).
+Values dense_rows(const Values& x, const Values& w, const Values& bias, int inputs) {
+    const auto columns = static_cast<int>(static_cast<std::int64_t>(w.size()) / inputs);
+    Values out;
+    for (std::size_t r = 0; r < x.size() / inputs; ++r)
+        for (int c = 0; c < columns; ++c) {
+            double sum = bias.empty() ? 0 : bias[c];
+            for (int k = 0; k < inputs; ++k) sum += x[r * inputs + k] * w[std::int64_t{c} * inputs + k];
+            out.push_back(sum);
+        }
+    return out;
+}
+
+// The global track and what the next block takes of it, for one protein and for many, on one thread and on several.
+template <class T>
+void test_global_track(Isa which, int width, int keys, int channels, int proteins, const std::string& name) {
+    std::mt19937 generator(7);
+    const auto matrix = [&](int columns) { return random<T>(generator, std::int64_t{columns} * width, 1 / std::sqrt(width)); };
+    const auto vector = [&](int columns, double scale) { return random<float>(generator, columns, scale); };
+    const auto dense1 = matrix(width), dense2 = matrix(width), query = matrix(keys), broadcast = matrix(channels);
+    const auto bias1 = vector(width, 0.3), norm1 = vector(width, 1), norm1_bias = vector(width, 0.3);
+    const auto bias2 = vector(width, 0.3), norm2 = vector(width, 1), norm2_bias = vector(width, 0.3);
+    const auto broadcast_bias = vector(channels, 0.3);
+    const auto state = random<T>(generator, std::int64_t{proteins} * width), pooled = random<T>(generator, std::int64_t{proteins} * width);
+    const GlobalBlockWeights<T> weights{dense1.data(), bias1.data(), norm1.data(), norm1_bias.data(), dense2.data(),
+                                        bias2.data(),  norm2.data(), norm2_bias.data(), width};
+    const ConditioningWeights<T> taken{query.data(), broadcast.data(), broadcast_bias.data(), width, keys, channels};
+
+    struct Found {
+        std::vector<T> hidden, out, query, broadcast;
+    };
+    const auto run = [&](int first, int n, int threads) {
+        std::unique_ptr<PackedWeights> block, conditioning;
+        PBF_CALL(which, block =, pack_global_block(weights, threads));
+        PBF_CALL(which, conditioning =, pack_conditioning(taken, threads));
+        Found found{std::vector<T>(std::int64_t{n} * width), std::vector<T>(std::int64_t{n} * width),
+                    std::vector<T>(std::int64_t{n} * keys), std::vector<T>(std::int64_t{n} * channels)};
+        const std::int64_t at = std::int64_t{first} * width;
+        const GlobalBlock<T> a{state.data() + at, pooled.data() + at, found.hidden.data(), found.out.data()};
+        PBF_CALL(which, , global_block(*block, a, n, threads));
+        PBF_CALL(which, , conditioning(*conditioning, state.data() + at, found.query.data(), found.broadcast.data(), n, threads));
+        return found;
+    };
+    const Found found = run(0, proteins, 1), shared = run(0, proteins, 5), alone = run(proteins - 1, 1, 3);
+
+    const Values x = values_of(state), more = values_of(pooled);
+    Values sum = dense_rows(x, values_of(dense1), values_of(bias1), width);
+    for (std::size_t i = 0; i < sum.size(); ++i) sum[i] = x[i] + plain::gelu(sum[i]) + more[i];
+    const Values hidden = plain::scaled(plain::normalized(sum, proteins, width), values_of(norm1), values_of(norm1_bias));
+    Values after = dense_rows(hidden, values_of(dense2), values_of(bias2), width);
+    for (std::size_t i = 0; i < after.size(); ++i) after[i] = hidden[i] + plain::gelu(after[i]);
+    Values asked = dense_rows(x, values_of(query), {}, width);
+    for (double& value : asked) value = std::tanh(value);
+    Values heard = dense_rows(x, values_of(broadcast), values_of(broadcast_bias), width);
+    for (double& value : heard) value = plain::gelu(value);
+    check_states<T>(found.hidden, hidden, name + " hidden");
+    check_states<T>(found.out, plain::scaled(plain::normalized(after, proteins, width), values_of(norm2), values_of(norm2_bias)),
+                    name + " state");
+    check_states<T>(found.query, asked, name + " query");
+    check_states<T>(found.broadcast, heard, name + " broadcast");
+    check_same_bits(shared.out, found.out, name + " on several threads");
+    check_same_bits(shared.broadcast, found.broadcast, name + " broadcast on several threads");
+    check_same_bits(alone.out, std::vector<T>(found.out.end() - width, found.out.end()), name + " alone");
+    check_same_bits(alone.query, std::vector<T>(found.query.end() - keys, found.query.end()), name + " query alone");
+}
+
 template <class T>
 void test_protein_sums(Isa which, const Batch& batch, const std::string& name) {
     constexpr int channels = 48;
@@ -444,6 +511,10 @@ void test_dtype(Isa which, const std::string& set) {
             test_weight_gradient<T>(which, rows, taps, dilation,
                                     name + " weight gradient of " + std::to_string(rows) + " rows, " + std::to_string(taps) + " taps");
     test_protein_sums<T>(which, Batch({1, 40, 3}, kGap), name + " protein sums");
+    for (const int proteins : {1, 2, 61})
+        for (const auto& [width, keys, channels] : {std::tuple{48, 32, 16}, {128, 64, 48}})
+            test_global_track<T>(which, width, keys, channels, proteins,
+                                 name + " global track of " + std::to_string(proteins) + " proteins");
 }
 
 }  // namespace

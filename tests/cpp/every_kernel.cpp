@@ -14,6 +14,10 @@ namespace pbf {
     template void set::attention(const PackedWeights&, const Attention<T>&, const std::vector<Tile>&, int);              \
     template void set::attention_backward(const PackedWeights&, const AttentionBackward<T>&, const std::vector<Tile>&,   \
                                           int);                                                                          \
+    template std::unique_ptr<PackedWeights> set::pack_global_block(const GlobalBlockWeights<T>&, int);                   \
+    template std::unique_ptr<PackedWeights> set::pack_conditioning(const ConditioningWeights<T>&, int);                  \
+    template void set::global_block(const PackedWeights&, const GlobalBlock<T>&, int, int);                              \
+    template void set::conditioning(const PackedWeights&, const T*, T*, T*, int, int);                                   \
     template void set::weight_gradient(const WeightGradient<T>&, std::int64_t, std::int64_t, int);                       \
     template void set::protein_sums(const T*, const std::int64_t*, const std::int64_t*, std::int64_t, float*, int, int);
 
