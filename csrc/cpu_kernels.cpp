@@ -57,7 +57,7 @@ Packed pack_local_block(const std::vector<std::uintptr_t>& weights, std::uintptr
     check_channels("channels", channels);
     if (weights.size() != 10) throw std::invalid_argument("a local block has 10 weights");
     if (taps < 1 || taps % 2 == 0 || wide_dilation < 1) throw std::invalid_argument("taps must be odd, and the dilation at least 1");
-    const Isa which = isa;
+    const Isa which = isa_in_use();
     Packed packed{nullptr, backward ? Kind::local_block_backward : Kind::local_block, which, is_bf16, channels, 0, 0, 0};
     by_dtype(is_bf16, [&](auto zero) {
         using T = decltype(zero);
@@ -80,7 +80,7 @@ Packed pack_attention(std::uintptr_t key_weight, std::uintptr_t value_weight, in
     check_channels("channels", channels);
     check_channels("d_key", d_key);
     check_channels("d_value", d_value);
-    const Isa which = isa;
+    const Isa which = isa_in_use();
     Packed packed{nullptr, backward ? Kind::attention_backward : Kind::attention, which, is_bf16, channels, heads, d_key, d_value};
     by_dtype(is_bf16, [&](auto zero) {
         using T = decltype(zero);
@@ -220,7 +220,7 @@ void weight_gradient(std::uintptr_t x, std::uintptr_t gradient, std::uintptr_t o
     by_dtype(is_bf16, [&](auto zero) {
         using T = decltype(zero);
         const WeightGradient<T> a{at<const T>(x), at<const T>(gradient), at<float>(out), inputs, columns, taps, dilation};
-        PBF_CALL(isa, , weight_gradient(a, first, last, threads));
+        PBF_CALL(isa_in_use(), , weight_gradient(a, first, last, threads));
     });
 }
 
@@ -230,8 +230,8 @@ void protein_sums(std::uintptr_t rows, std::uintptr_t starts, std::uintptr_t len
     check_channels("channels", channels);
     by_dtype(is_bf16, [&](auto zero) {
         using T = decltype(zero);
-        PBF_CALL(isa, , protein_sums(at<const T>(rows), at<const std::int64_t>(starts), at<const std::int64_t>(lengths),
-                                     proteins, at<float>(out), channels, threads));
+        PBF_CALL(isa_in_use(), , protein_sums(at<const T>(rows), at<const std::int64_t>(starts), at<const std::int64_t>(lengths),
+                                              proteins, at<float>(out), channels, threads));
     });
 }
 
@@ -253,7 +253,8 @@ PYBIND11_MODULE(_cpu_kernels, m) {
     m.def("attention_backward", &attention_backward);
     m.def("weight_gradient", &weight_gradient);
     m.def("protein_sums", &protein_sums);
-    m.def("instruction_set", [] { return kIsaNames[static_cast<int>(isa)]; }, "The one in use.");
+    m.def("instruction_set", [] { return kIsaNames[static_cast<int>(isa_in_use())]; }, "The one in use.");
+    m.def("amx_failure", [] { return best_isa().amx_failure; }, "Why amx_bf16 is not in use, or an empty string.");
     m.def("use_instruction_set", &use_instruction_set, "Uses a lesser one than the best, to test it or to compare.");
     m.def("shares_threads", [] { return gomp_parallel() != nullptr; },
           "Whether PyTorch's OpenMP threads were found; if not, these kernels run on one thread.");

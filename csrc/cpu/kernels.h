@@ -8,6 +8,9 @@
 #include "activations.h"
 #include "layer_norm.h"
 #include "product.h"
+#ifdef PBF_TILES
+#include "tile_product.h"
+#endif
 #include "weight_gradient.h"
 #include "convolution.h"
 #include "local_block.h"

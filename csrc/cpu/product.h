@@ -13,7 +13,15 @@ constexpr int kColumns = kLanes * PBF_VECTORS;  // of a panel of packed weights
 
 inline Floats multiply_add(Floats total, float x, const float* w) { return total + x * load(w); }
 
-#ifdef PBF_BF16_DOT
+#if defined(PBF_EMULATED)
+inline Floats multiply_add(Floats total, std::int32_t pair, const bf16* w) {
+    Words weights;
+    std::memcpy(&weights, w, sizeof weights);
+    const auto bits = static_cast<std::uint32_t>(pair);
+    return total + widened(static_cast<bf16>(bits >> 16)) * reinterpret_cast<Floats>(weights & 0xffff0000u) +
+           widened(static_cast<bf16>(bits)) * reinterpret_cast<Floats>(weights << 16);
+}
+#elif defined(PBF_BF16_DOT)
 inline Floats multiply_add(Floats total, std::int32_t pair, const bf16* w) {
     const __m512i weights = _mm512_loadu_si512(w);
     return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(total),
@@ -76,7 +84,7 @@ void product(const Product<E>& p, const E* x, const Runs& runs, float* out) {
                 if (p.columns - column >= kColumns)
                     product_tile_of<PBF_VECTORS>(rows, heights, p, at, w, bias, to);
                 else
-                    product_tile_of<1>(rows, heights, p, at, w, bias, to);
+                    product_tile_of<PBF_VECTORS / 2>(rows, heights, p, at, w, bias, to);
             }
         }
     }

@@ -431,7 +431,7 @@ def test_gradient_of_weights_over_many_rows():
     assert ((found.double() - exact).abs() / exact).max() < 3e-5
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx_bf16_emulated"])
 def instruction_set(request):
     best = _cpu_kernels.instruction_set()
     try:
