@@ -12,6 +12,9 @@
 #include "tile_product.h"
 #endif
 #include "weight_gradient.h"
+#ifdef PBF_TILES
+#include "tile_weight_gradient.h"
+#endif
 #include "convolution.h"
 #include "local_block.h"
 #include "attention.h"

@@ -2,7 +2,7 @@
 // end of the process where the hardware would raise an exception or a product could depend on what a tile held before.
 #pragma once
 
-#include <immintrin.h>
+#include <xmmintrin.h>
 
 #include <cstdarg>
 #include <cstdint>

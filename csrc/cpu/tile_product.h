@@ -7,13 +7,14 @@
 
 static_assert(kColumns == 2 * kTileColumns);
 
-// HIGH by WIDE tiles of sums, for rows from `x` on and one panel of columns. All sums stay in tiles.
+// HIGH by WIDE tiles of sums, for rows from `x` on that are `row_values` apart, and one panel of columns. All sums stay in tiles.
 template <int HIGH, int WIDE>
-void tile_sums(const Product<bf16>& p, const bf16* x, const bf16* w, const float* bias, float* out) {
+__attribute__((noinline)) void tile_sums(const Product<bf16>& p, const bf16* x, std::int64_t row_values, const bf16* w,
+                                         const float* bias, float* out) {
     constexpr bool low = HIGH == 2, right = WIDE == 2;
     constexpr std::int64_t weight_stride = 4 * kTileColumns * WIDE;
-    const std::int64_t inputs = p.inputs, row_stride = 2 * inputs, next_rows = kTileRows * inputs;
-    const std::int64_t tap_stride = p.dilation * inputs;
+    const std::int64_t inputs = p.inputs, row_stride = 2 * row_values, next_rows = kTileRows * row_values;
+    const std::int64_t tap_stride = p.dilation * row_values;
     const std::int64_t depth = inputs % kDepth ? kDepth / 2 : kDepth, step = depth * kTileColumns * WIDE;
     if (bias) {
         // Every row of the tile from the same address.
@@ -53,6 +54,14 @@ void tile_sums(const Product<bf16>& p, const bf16* x, const bf16* w, const float
     }
 }
 
+inline void tile_sums_of(const TileShape& shape, const Product<bf16>& p, const bf16* x, std::int64_t row_values, const bf16* w,
+                         const float* bias, float* out) {
+    if (shape.rows > kTileRows)
+        shape.wide == 2 ? tile_sums<2, 2>(p, x, row_values, w, bias, out) : tile_sums<2, 1>(p, x, row_values, w, bias, out);
+    else
+        shape.wide == 2 ? tile_sums<1, 2>(p, x, row_values, w, bias, out) : tile_sums<1, 1>(p, x, row_values, w, bias, out);
+}
+
 // As product() of product.h; this one is chosen for bfloat16.
 inline void product(const Product<bf16>& p, const bf16* x, const Runs& runs, float* out) {
     constexpr int most = 2 * kTileRows;
@@ -68,10 +77,7 @@ inline void product(const Product<bf16>& p, const bf16* x, const Runs& runs, flo
                 now = shape;
                 const bf16* at = x + std::int64_t{run.first + done} * p.inputs;
                 float* to = out + std::int64_t{run.first + done} * p.out_stride + column;
-                if (shape.rows > kTileRows)
-                    wide == 2 ? tile_sums<2, 2>(p, at, w, bias, to) : tile_sums<2, 1>(p, at, w, bias, to);
-                else
-                    wide == 2 ? tile_sums<1, 2>(p, at, w, bias, to) : tile_sums<1, 1>(p, at, w, bias, to);
+                tile_sums_of(shape, p, at, p.inputs, w, bias, to);
             }
     }
     if (now.rows) PBF_TILES::release();

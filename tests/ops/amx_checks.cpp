@@ -1,9 +1,15 @@
 // Products on the emulated tile unit and the checks of amx.h, without Python: compiled by test_cpu_amx.py, also from sources
-// with mistakes planted, under AddressSanitizer. Prints what is wrong, one a line, or "right".
+// with mistakes planted (then with PBF_EMULATED_ALONE, which compiles faster), under AddressSanitizer. Prints what is wrong, one
+// a line, or "right".
+
+#ifndef PBF_EMULATED_ALONE
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -27,7 +33,11 @@ namespace emulated {
 
 #include "cpu/product.h"
 #include "cpu/tile_product.h"
+#include "cpu/weight_gradient.h"
+
+#include "cpu/tile_weight_gradient.h"
 }  // namespace emulated
+#ifndef PBF_EMULATED_ALONE
 #undef PBF_TILES
 #define PBF_TILES HardwareTiles
 namespace hardware {
@@ -35,11 +45,47 @@ namespace hardware {
 
 #include "cpu/product.h"
 #include "cpu/tile_product.h"
+#include "cpu/weight_gradient.h"
+
+#include "cpu/tile_weight_gradient.h"
 }  // namespace hardware
+#pragma GCC pop_options
+#undef PBF_TILES
+#undef PBF_BYTES
+#undef PBF_ROWS
+#undef PBF_VECTORS
+#undef PBF_EMULATED
+
+// As amx_bf16 is compiled, but for the tile unit.
+#define PBF_BYTES 64
+#define PBF_ROWS 12
+#define PBF_VECTORS 2
+#define PBF_TILES EmulatedTiles
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+namespace emulated_512 {
+#include "cpu/vector.h"
+
+#include "cpu/product.h"
+#include "cpu/tile_product.h"
+#include "cpu/weight_gradient.h"
+
+#include "cpu/tile_weight_gradient.h"
+}  // namespace emulated_512
+#endif
 #pragma GCC pop_options
 }  // namespace pbf
 
 using namespace pbf;
+
+// New memory is NaN.
+void* operator new(std::size_t size, std::align_val_t alignment) {
+    void* room = std::aligned_alloc(static_cast<std::size_t>(alignment), (size + 63) / 64 * 64);
+    if (!room) throw std::bad_alloc();
+    return std::memset(room, 0xff, size);
+}
+
+void operator delete(void* room, std::align_val_t) noexcept { std::free(room); }
 
 namespace {
 
@@ -57,18 +103,18 @@ bf16 as_bf16(float value) {
 
 // Every height of tiles, with all that a product may read in memory that ends there: anything beyond is found by the
 // sanitizer.
-void check_products() {
-    std::string found = check_amx<EmulatedTiles>(emulated::product, pack);
+void check_products(AmxProduct product, AmxPack pack) {
+    std::string found = check_amx<EmulatedTiles>(product, pack);
     for (int rows = 1; rows <= 70 && found.empty(); ++rows)
         for (const bool bias : {false, true})
             for (const auto& [inputs, columns] : {std::pair{32, 32}, {48, 16}, {16, 80}})
-                if (found.empty()) found = check_amx_case({rows, inputs, columns, 3, 2, true, bias}, emulated::product, pack);
+                if (found.empty()) found = check_amx_case({rows, inputs, columns, 3, 2, true, bias}, product, pack);
     if (found.empty() && emulated_unit.configured) found = "the unit stays configured";
     say("products", found);
 }
 
 // Runs of proteins with rows between them that are NaN; results of those rows stay as they were.
-void check_runs() {
+void check_runs(AmxProduct product, AmxPack pack) {
     constexpr int inputs = 48, columns = 48, rows = 90;
     std::vector<bf16> x(rows * inputs, as_bf16(__builtin_nanf(""))), w(inputs * columns), packed(w.size());
     for (std::size_t i = 0; i < w.size(); ++i) w[i] = as_bf16(static_cast<float>(i % 7) - 3);
@@ -78,7 +124,7 @@ void check_runs() {
     std::vector<float> out(rows * columns, -1);
     const Product<bf16> p{packed.data(), nullptr, inputs, columns, 1, 1, columns};
     for (int c = 0; c < columns; ++c) pack(w.data() + c, columns, 0, p, c, packed.data());
-    emulated::product(p, x.data(), runs, out.data());
+    product(p, x.data(), runs, out.data());
     std::string found;
     for (int r = 0; r < rows; ++r) {
         const bool inside = std::any_of(runs.begin(), runs.end(), [&](const Run& a) { return r >= a.first && r < a.first + a.rows; });
@@ -90,6 +136,40 @@ void check_runs() {
         }
     }
     say("runs", found);
+}
+
+// Sums of small integers over rows, in memory that ends where it may be read, onto what is there already.
+void check_weight_gradients(void (*weight_gradient)(const WeightGradient<bf16>&, std::int64_t, std::int64_t, int)) {
+    struct Case {
+        int inputs, columns, taps, dilation;
+    };
+    std::string found;
+    for (const int rows : {1, 2, 31, 33, 64, 255, 256, 257, 300, 513})
+        for (const Case& c : {Case{16, 16, 1, 1}, {48, 80, 3, 2}, {80, 48, 9, 5}, {32, 32, 3, 1}}) {
+            const int reach = c.taps / 2 * c.dilation;
+            const std::int64_t all = rows + 2 * reach;
+            std::vector<bf16> x(all * c.inputs), gradient(all * c.columns);
+            std::vector<float> out(std::int64_t{c.taps} * c.inputs * c.columns, 3), expected(out);
+            for (std::int64_t r = reach; r < rows + reach; ++r) {
+                for (int i = 0; i < c.inputs; ++i) x[r * c.inputs + i] = as_bf16(static_cast<float>((r * 7 + i * 3) % 11 - 5));
+                for (int o = 0; o < c.columns; ++o)
+                    gradient[r * c.columns + o] = as_bf16(static_cast<float>((r * 5 + o) % 13 - 6));
+            }
+            for (int t = 0; t < c.taps; ++t)
+                for (std::int64_t r = reach; r < rows + reach; ++r) {
+                    const std::int64_t from = r + (t - c.taps / 2) * c.dilation;
+                    for (int i = 0; i < c.inputs; ++i)
+                        for (int o = 0; o < c.columns; ++o)
+                            if (from >= reach && from < rows + reach)
+                                expected[(std::int64_t{t} * c.inputs + i) * c.columns + o] +=
+                                    static_cast<float>(((from * 7 + i * 3) % 11 - 5) * ((r * 5 + o) % 13 - 6));
+                }
+            const WeightGradient<bf16> a{x.data(), gradient.data(), out.data(), c.inputs, c.columns, c.taps, c.dilation};
+            weight_gradient(a, reach, rows + reach, 2);
+            if (out != expected) found = "wrong for " + std::to_string(rows) + " rows of " + std::to_string(c.inputs);
+        }
+    if (found.empty() && emulated_unit.configured) found = "the unit stays configured";
+    say("weight gradients", found);
 }
 
 // What the pseudocode fixes and other orders or roundings would not give.
@@ -135,6 +215,18 @@ void check_arithmetic() {
     say("arithmetic", found);
 }
 
+// What a product asks of the unit: dots, loads, stores, configurations.
+void count(int rows, int inputs, int columns, int taps) {
+    const std::int64_t reach = taps / 2;
+    std::vector<bf16> x((rows + 2 * reach) * inputs), w(std::int64_t{taps} * inputs * columns);
+    std::vector<float> bias(columns), out(std::int64_t{rows} * columns);
+    const Product<bf16> p{w.data(), bias.data(), inputs, columns, taps, 1, columns};
+    emulated::product(p, x.data() + reach * inputs, Runs{{0, rows, rows}}, out.data());
+    const EmulatedUnit& u = emulated_unit;
+    std::printf("%ld %ld %ld %ld\n", u.dots, u.loads, u.stores, u.configurations);
+}
+
+#ifndef PBF_EMULATED_ALONE
 // The emulator's bits, where there is hardware: denormals, infinities and numbers of every size.
 void check_hardware() {
     std::string why = amx_unsupported(amx_facts(true));
@@ -165,17 +257,6 @@ void check_hardware() {
         }
     }
     say("hardware", found);
-}
-
-// What a product asks of the unit: dots, loads, stores, configurations.
-void count(int rows, int inputs, int columns, int taps) {
-    const std::int64_t reach = taps / 2;
-    std::vector<bf16> x((rows + 2 * reach) * inputs), w(std::int64_t{taps} * inputs * columns);
-    std::vector<float> bias(columns), out(std::int64_t{rows} * columns);
-    const Product<bf16> p{w.data(), bias.data(), inputs, columns, taps, 1, columns};
-    emulated::product(p, x.data() + reach * inputs, Runs{{0, rows, rows}}, out.data());
-    const EmulatedUnit& u = emulated_unit;
-    std::printf("%ld %ld %ld %ld\n", u.dots, u.loads, u.stores, u.configurations);
 }
 
 void wrong_row(const Product<bf16>& p, const bf16* x, const Runs& runs, float* out) {
@@ -258,16 +339,26 @@ void check_facts() {
     const AmxFacts here = amx_facts(true);
     std::printf("here: %d %d %llx\n", static_cast<int>(here.leaf7_edx >> 24 & 1), here.osxsave, static_cast<unsigned long long>(here.xcr0));
 }
+#endif
 
 }  // namespace
 
 int main(int, char** arguments) {
     const std::string what = arguments[1];
     if (what == "products") {
-        check_products();
-        check_runs();
+        check_products(emulated::product, pack);
+        check_runs(emulated::product, pack);
+        check_weight_gradients(emulated::weight_gradient<bf16>);
     } else if (what == "arithmetic") {
         check_arithmetic();
+    } else if (what == "count") {
+        count(std::atoi(arguments[2]), std::atoi(arguments[3]), std::atoi(arguments[4]), std::atoi(arguments[5]));
+#ifndef PBF_EMULATED_ALONE
+    } else if (what == "products of 512 bits") {
+        const AmxPack pack_512 = emulated_512::pack_column<bf16, bf16>;
+        check_products(emulated_512::product, pack_512);
+        check_runs(emulated_512::product, pack_512);
+        check_weight_gradients(emulated_512::weight_gradient<bf16>);
     } else if (what == "self-check") {
         say("wrong row", check_amx<EmulatedTiles>(wrong_row, pack));
         say("slightly wrong", check_amx<EmulatedTiles>(slightly_wrong, pack));
@@ -283,8 +374,7 @@ int main(int, char** arguments) {
         check_hardware();
     } else if (what == "facts") {
         check_facts();
-    } else if (what == "count") {
-        count(std::atoi(arguments[2]), std::atoi(arguments[3]), std::atoi(arguments[4]), std::atoi(arguments[5]));
+#endif
     } else {
         TileConfiguration c = configuration_of({20, 2, 32});
         float numbers[16] = {};
