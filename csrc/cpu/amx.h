@@ -175,7 +175,7 @@ template <class Tiles>
 std::string check_tiles_are_kept() {
     float numbers[kTileColumns], found[kTileRows][kTileColumns];
     for (int i = 0; i < kTileColumns; ++i) numbers[i] = static_cast<float>(i + 1);
-    const TileConfiguration configuration = configuration_of({2 * kTileRows, 2, kDepth});
+    const TileConfiguration configuration = configuration_of({2 * kTileRows, kDepth});
     for (int i = 0; i < 20; ++i) {
         const std::string signal = Guard::run([&] {
             Tiles::configure(configuration);

@@ -1,9 +1,10 @@
 // Matrix products of bfloat16 on the tile unit, for the sets that have one: PBF_TILES.
 //
 // Packed weights are as elsewhere: two rows of a panel interleaved, which is what the unit takes. A tap's rows are read where
-// they lie, 2 * inputs bytes apart. Rows at the end of a run get lower tiles, never rows from behind it, and inputs that are no
-// multiple of 32 go 16 at a time, so that no tile reaches into the next row: 0 * NaN would be NaN. The unit computes row by row,
-// so a row's bits depend neither on the height of its tile nor on its neighbors.
+// they lie, 2 * inputs bytes apart. The last tile of a run ends with it and computes some rows again; runs of fewer than 16
+// rows get lower tiles, which take another configuration, longer than many products. Inputs that are no multiple of 32 go 16
+// at a time, so that no tile reaches into the next row: 0 * NaN would be NaN. The unit computes row by row, so a row's bits
+// depend neither on the height of its tile nor on its neighbors.
 
 static_assert(kColumns == 2 * kTileColumns);
 
@@ -54,31 +55,34 @@ __attribute__((noinline)) void tile_sums(const Product<bf16>& p, const bf16* x, 
     }
 }
 
-inline void tile_sums_of(const TileShape& shape, const Product<bf16>& p, const bf16* x, std::int64_t row_values, const bf16* w,
+inline void tile_sums_of(int rows, int columns, const Product<bf16>& p, const bf16* x, std::int64_t row_values, const bf16* w,
                          const float* bias, float* out) {
-    if (shape.rows > kTileRows)
-        shape.wide == 2 ? tile_sums<2, 2>(p, x, row_values, w, bias, out) : tile_sums<2, 1>(p, x, row_values, w, bias, out);
+    if (rows > kTileRows)
+        columns > kTileColumns ? tile_sums<2, 2>(p, x, row_values, w, bias, out) : tile_sums<2, 1>(p, x, row_values, w, bias, out);
     else
-        shape.wide == 2 ? tile_sums<1, 2>(p, x, row_values, w, bias, out) : tile_sums<1, 1>(p, x, row_values, w, bias, out);
+        columns > kTileColumns ? tile_sums<1, 2>(p, x, row_values, w, bias, out) : tile_sums<1, 1>(p, x, row_values, w, bias, out);
 }
 
 // As product() of product.h; this one is chosen for bfloat16.
 inline void product(const Product<bf16>& p, const bf16* x, const Runs& runs, float* out) {
-    constexpr int most = 2 * kTileRows;
+    constexpr int two = 2 * kTileRows;
     TileShape now{};
     for (int column = 0; column < p.columns; column += kColumns) {
         const bf16* w = p.weights + std::int64_t{column} * p.taps * p.inputs;
         const float* bias = p.bias ? p.bias + column : nullptr;
-        const int wide = p.columns - column >= kColumns ? 2 : 1;
-        for (const Run& run : runs)
-            for (int done = 0; done < run.rows; done += most) {
-                const TileShape shape{std::min(most, run.rows - done), wide, p.inputs % kDepth ? kDepth / 2 : kDepth};
-                if (!(shape == now)) PBF_TILES::configure(configuration_of(shape));
-                now = shape;
-                const bf16* at = x + std::int64_t{run.first + done} * p.inputs;
-                float* to = out + std::int64_t{run.first + done} * p.out_stride + column;
-                tile_sums_of(shape, p, at, p.inputs, w, bias, to);
+        for (const Run& run : runs) {
+            const TileShape shape{run.rows < kTileRows ? run.rows : two, p.inputs % kDepth ? kDepth / 2 : kDepth};
+            if (!(shape == now)) PBF_TILES::configure(configuration_of(shape));
+            now = shape;
+            for (int done = 0; done < run.rows;) {
+                const bool high = run.rows >= two && run.rows - done > kTileRows;
+                const int rows = high ? two : std::min(run.rows, kTileRows), first = std::min(done, run.rows - rows);
+                const bf16* at = x + std::int64_t{run.first + first} * p.inputs;
+                float* to = out + std::int64_t{run.first + first} * p.out_stride + column;
+                tile_sums_of(rows, p.columns - column, p, at, p.inputs, w, bias, to);
+                done = first + rows;
             }
+        }
     }
     if (now.rows) PBF_TILES::release();
 }

@@ -22,34 +22,27 @@ static_assert(sizeof(TileConfiguration) == 64);
 constexpr int kTileRows = 16, kTileColumns = 16;
 constexpr int kDepth = 32;  // bfloat16 of a row that one instruction multiplies, at most
 
-// What a product takes of the unit: up to two tiles of rows by up to two of columns, `depth` values deep.
+// What a product takes of the unit: two tiles of rows, or one that is lower, and two of columns, `depth` values deep.
 struct TileShape {
-    int rows;   // 1 to 2 * kTileRows
-    int wide;   // tiles of columns, 1 or 2
+    int rows;   // 1 to kTileRows, or 2 * kTileRows
     int depth;  // 16 or 32
 
-    bool operator==(const TileShape& other) const {
-        return rows == other.rows && wide == other.wide && depth == other.depth;
-    }
+    bool operator==(const TileShape& other) const { return rows == other.rows && depth == other.depth; }
 };
 
-// Tiles that the shape does not need have no rows.
 inline TileConfiguration configuration_of(const TileShape& shape) {
     TileConfiguration c{};
+    const auto set = [&](int tile, int rows, int row_bytes) {
+        c.rows[tile] = static_cast<std::uint8_t>(rows);
+        c.row_bytes[tile] = static_cast<std::uint16_t>(row_bytes);
+    };
     c.palette = 1;
     for (int i = 0; i < 2; ++i) {
-        const int left = shape.rows - i * kTileRows, rows = left < kTileRows ? left : kTileRows;
-        if (rows <= 0) break;
-        for (int j = 0; j < shape.wide; ++j) {
-            c.rows[2 * i + j] = static_cast<std::uint8_t>(rows);
-            c.row_bytes[2 * i + j] = kTileColumns * sizeof(float);
-        }
-        c.rows[4 + i] = static_cast<std::uint8_t>(rows);
-        c.row_bytes[4 + i] = static_cast<std::uint16_t>(shape.depth * 2);
-    }
-    for (int j = 0; j < shape.wide; ++j) {
-        c.rows[6 + j] = static_cast<std::uint8_t>(shape.depth / 2);
-        c.row_bytes[6 + j] = kTileColumns * 4;
+        set(6 + i, shape.depth / 2, 4 * kTileColumns);
+        if (i * kTileRows >= shape.rows) continue;
+        const int rows = shape.rows < kTileRows ? shape.rows : kTileRows;
+        for (int j = 0; j < 2; ++j) set(2 * i + j, rows, 4 * kTileColumns);
+        set(4 + i, rows, 2 * shape.depth);
     }
     return c;
 }

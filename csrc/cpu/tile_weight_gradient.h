@@ -90,17 +90,14 @@ inline void add_row_sums<bf16, bf16>(const WeightGradient<bf16>& a, const Block<
     const int columns = std::min(kColumns, a.columns - column);
     const Product<bf16> p{gradient, nullptr, block.rows, columns, 1, 1, kColumns};
     alignas(64) float sums[kInputs * kColumns];
-    TileShape now{};
+    PBF_TILES::configure(configuration_of({kInputs, kDepth}));
     for (int t = begin; t < end; ++t) {
-        const int first = t * kInputs;
-        const TileShape shape{std::min(kInputs, a.inputs - first), columns / kTileColumns, kDepth};
-        if (!(shape == now)) PBF_TILES::configure(configuration_of(shape));
-        now = shape;
-        tile_sums_of(shape, p, block.x[0] + first * stride + tap * a.dilation, stride, gradient, nullptr, sums);
+        const int first = t * kInputs, rows = std::min(kInputs, a.inputs - first);
+        tile_sums_of(rows, columns, p, block.x[0] + first * stride + tap * a.dilation, stride, gradient, nullptr, sums);
         // Formed apart, then added: one by one, a sum over a million rows would lose them.
         float* out = a.out + (std::int64_t{tap} * a.inputs + first) * a.columns + column;
-        for (int i = 0; i < shape.rows; ++i, out += a.columns)
+        for (int i = 0; i < rows; ++i, out += a.columns)
             for (int c = 0; c < columns; c += kLanes) store(out + c, load(out + c) + load(sums + i * kColumns + c));
     }
-    if (now.rows) PBF_TILES::release();
+    PBF_TILES::release();
 }

@@ -75,6 +75,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 def _machine() -> Iterator[tuple[str, str]]:
     import torch
 
+    from proteinbert_fast import _cpu_kernels
     from proteinbert_fast.embedding.api import cpu_abilities, has_fast_bfloat16
 
     cpu = cpu_abilities()
@@ -82,6 +83,8 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "CPU", f"{cpu.get('cpu_name') or platform.processor() or 'unknown'}, {os.cpu_count()} processors"
     bfloat16 = "in hardware" if has_fast_bfloat16() else "not in hardware"
     yield "CPU features", f"{torch.backends.cpu.get_cpu_capability()}, bfloat16 {bfloat16}"
+    failure = _cpu_kernels.amx_failure()
+    yield "CPU kernels", _cpu_kernels.instruction_set() + (f", not amx_bf16: {failure}" if failure else "")
     yield "threads", f"{torch.get_num_threads()}"
     if not torch.cuda.is_available():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"

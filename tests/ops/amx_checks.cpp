@@ -179,7 +179,7 @@ void check_arithmetic() {
         bf16 a[kDepth] = {}, b[kDepth / 2][2 * kTileColumns] = {};
         for (std::size_t k = 0; k < row.size(); ++k) a[k] = as_bf16(row[k]), b[k / 2][k % 2] = as_bf16(column[k]);
         float starts[kTileColumns] = {start}, out[kTileColumns];
-        EmulatedTiles::configure(configuration_of({1, 1, kDepth}));
+        EmulatedTiles::configure(configuration_of({1, kDepth}));
         EmulatedTiles::load<0>(starts, 0);
         EmulatedTiles::load<4>(a, 0);
         EmulatedTiles::load<6>(b, sizeof b[0]);
@@ -215,14 +215,20 @@ void check_arithmetic() {
     say("arithmetic", found);
 }
 
-// What a product asks of the unit: dots, loads, stores, configurations.
+// What a product, and its weights' gradient, ask of the unit: dots, loads, stores, configurations.
 void count(int rows, int inputs, int columns, int taps) {
     const std::int64_t reach = taps / 2;
     std::vector<bf16> x((rows + 2 * reach) * inputs), w(std::int64_t{taps} * inputs * columns);
     std::vector<float> bias(columns), out(std::int64_t{rows} * columns);
     const Product<bf16> p{w.data(), bias.data(), inputs, columns, taps, 1, columns};
     emulated::product(p, x.data() + reach * inputs, Runs{{0, rows, rows}}, out.data());
-    const EmulatedUnit& u = emulated_unit;
+    EmulatedUnit& u = emulated_unit;
+    std::printf("%ld %ld %ld %ld\n", u.dots, u.loads, u.stores, u.configurations);
+    u = EmulatedUnit{};
+    std::vector<bf16> gradient((rows + 2 * reach) * columns);
+    std::vector<float> sums(w.size());
+    emulated::weight_gradient(WeightGradient<bf16>{x.data(), gradient.data(), sums.data(), inputs, columns, taps, 1}, reach,
+                              rows + reach, 1);
     std::printf("%ld %ld %ld %ld\n", u.dots, u.loads, u.stores, u.configurations);
 }
 
@@ -376,7 +382,7 @@ int main(int, char** arguments) {
         check_facts();
 #endif
     } else {
-        TileConfiguration c = configuration_of({20, 2, 32});
+        TileConfiguration c = configuration_of({32, 32});
         float numbers[16] = {};
         if (what == "palette") c.palette = 2;
         if (what == "start row") c.start_row = 1;
@@ -389,8 +395,8 @@ int main(int, char** arguments) {
         if (what == "weights too low") c.rows[6] = 8;
         if (what != "unconfigured") EmulatedTiles::configure(c);
         if (what == "released") EmulatedTiles::release();
-        if (what == "no such tile") EmulatedTiles::configure(configuration_of({16, 1, 32}));
-        if (what == "no such tile") EmulatedTiles::zero<3>();
+        if (what == "no such tile") EmulatedTiles::configure(configuration_of({16, 32}));
+        if (what == "no such tile") EmulatedTiles::zero<2>();
         if (what != "not zeroed") EmulatedTiles::zero<0>();
         if (what != "not loaded") EmulatedTiles::load<4>(numbers, 0);
         EmulatedTiles::load<6>(numbers, 0);
