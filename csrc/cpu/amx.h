@@ -68,9 +68,9 @@ inline std::string amx_refused(int error) {
 
 // Runs `body`, and says which signal ended it: an instruction that a hypervisor or an emulator does not know must not end the
 // user's process. Not in a child: fork() copies the page tables of a large process, runs the handlers that libraries have
-// registered for it, breaks what some (MPI, CUDA) have open, and its SIGCHLD reaches handlers and waits of the user's. The price:
-// for these milliseconds, SIGILL and SIGSEGV of other threads pass through our handler, which hands them on. `body` must own
-// nothing that a jump out of it would leak. One call at a time.
+// registered for it, breaks what some (MPI, CUDA) have open, and its SIGCHLD reaches handlers and waits of the user's. The
+// price: for these milliseconds, SIGILL and SIGSEGV of other threads pass through our handler, which hands them on. `body` must
+// own nothing that a jump out of it would leak. One call at a time.
 class Guard {
 public:
     template <class Body>
@@ -144,7 +144,8 @@ inline std::string check_amx_case(const AmxCase& c, AmxProduct product, AmxPack 
         pack(w.data() + column, c.columns, c.inputs * c.columns, p, column, packed.data());
     const Runs runs{{1, c.rows, 1 + c.rows}}, one{{0, 1, 1}};
     const bf16* first = x.data() + reach * inputs;
-    if (const std::string signal = Guard::run([&] { product(p, first - inputs, runs, out.data()); }); !signal.empty()) return signal;
+    const std::string signal = Guard::run([&] { product(p, first - inputs, runs, out.data()); });
+    if (!signal.empty()) return signal;
     for (std::int64_t r = 0; r < c.rows + 2; ++r) {
         const float* row = out.data() + r * columns;
         if (r == 0 || r == c.rows + 1) {
@@ -159,7 +160,8 @@ inline std::string check_amx_case(const AmxCase& c, AmxProduct product, AmxPack 
             double sum = c.bias ? bias[o] : 0, size = std::fabs(sum);
             for (int t = 0; t < c.taps; ++t)
                 for (int k = 0; k < inputs; ++k) {
-                    const double term = wide(at[(t * c.dilation - reach) * inputs + k]) * wide(w[(t * inputs + k) * columns + o]);
+                    const double value = wide(at[(t * c.dilation - reach) * inputs + k]);
+                    const double term = value * wide(w[(t * inputs + k) * columns + o]);
                     sum += term, size += std::fabs(term);
                 }
             // 2^-24 for each of the additions on a value's way, most of which see a part of the sum.
@@ -191,8 +193,8 @@ std::string check_tiles_are_kept() {
     return "";
 }
 
-// What is wrong with a set's products, or nothing: every height and width of tiles, with and without bias, taps and a dilation,
-// both depths. A few milliseconds.
+// What is wrong with a set's products, or nothing: both heights and widths of tiles and a low one, with and without bias, taps
+// and a dilation, both depths. Some milliseconds.
 template <class Tiles>
 std::string check_amx(AmxProduct product, AmxPack pack) {
     std::string found = check_tiles_are_kept<Tiles>();
