@@ -66,8 +66,8 @@ inline std::string amx_refused(int error) {
     }
 }
 
-// Runs `body`, and says which signal ended it: an instruction that a hypervisor or an emulator does not know must not end the
-// user's process. Not in a child: fork() copies the page tables of a large process, runs the handlers that libraries have
+// Runs `body`, and says which signal ended it: an instruction that a hypervisor or an emulator does not know must not end
+// the user's process. Not in a child: fork() copies the page tables of a large process, runs the handlers that libraries have
 // registered for it, breaks what some (MPI, CUDA) have open, and its SIGCHLD reaches handlers and waits of the user's. The
 // price: for these milliseconds, SIGILL and SIGSEGV of other threads pass through our handler, which hands them on. `body` must
 // own nothing that a jump out of it would leak. One call at a time.

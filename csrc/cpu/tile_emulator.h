@@ -1,5 +1,5 @@
-// The tile unit in plain C++, for tests on CPUs without AMX: the same arithmetic to the bit as Intel's pseudocode has it, and an
-// end of the process where the hardware would raise an exception or a product could depend on what a tile held before.
+// The tile unit in plain C++, for tests on CPUs without AMX: the arithmetic of Intel's pseudocode to the bit, and an end of the
+// process where the hardware would raise an exception or a product could depend on what a tile held before.
 #pragma once
 
 #include <xmmintrin.h>

@@ -8,7 +8,8 @@
 
 static_assert(kColumns == 2 * kTileColumns);
 
-// HIGH by WIDE tiles of sums, for rows from `x` on that are `row_values` apart, and one panel of columns. All sums stay in tiles.
+// HIGH by WIDE tiles of sums, for rows from `x` on that are `row_values` apart, and one panel of columns. All sums stay in
+// tiles.
 template <int HIGH, int WIDE>
 __attribute__((noinline)) void tile_sums(const Product<bf16>& p, const bf16* x, std::int64_t row_values, const bf16* w,
                                          const float* bias, float* out) {
@@ -57,10 +58,11 @@ __attribute__((noinline)) void tile_sums(const Product<bf16>& p, const bf16* x, 
 
 inline void tile_sums_of(int rows, int columns, const Product<bf16>& p, const bf16* x, std::int64_t row_values, const bf16* w,
                          const float* bias, float* out) {
+    const bool wide = columns > kTileColumns;
     if (rows > kTileRows)
-        columns > kTileColumns ? tile_sums<2, 2>(p, x, row_values, w, bias, out) : tile_sums<2, 1>(p, x, row_values, w, bias, out);
+        (wide ? tile_sums<2, 2> : tile_sums<2, 1>)(p, x, row_values, w, bias, out);
     else
-        columns > kTileColumns ? tile_sums<1, 2>(p, x, row_values, w, bias, out) : tile_sums<1, 1>(p, x, row_values, w, bias, out);
+        (wide ? tile_sums<1, 2> : tile_sums<1, 1>)(p, x, row_values, w, bias, out);
 }
 
 // As product() of product.h; this one is chosen for bfloat16.

@@ -3,8 +3,8 @@
 // The products of tile_product.h are written against the functions of HardwareTiles; EmulatedTiles of tile_emulator.h has the
 // same ones. Tiles have fixed roles: sums 2 * i + j, rows 4 + i and weights 6 + j, for i and j in {0, 1}.
 //
-// Linux saves the tiles of a thread like its other registers. Its permission to use them is the process's: all threads have it,
-// those that started before it was asked for too, and so have children of fork(). The configuration is each thread's own.
+// Linux saves the tiles of a thread like its other registers. Its permission to use them is the process's: all threads have
+// it, those that started before it was asked for too, and so have children of fork(). The configuration is each thread's own.
 #pragma once
 
 #include <cstdint>

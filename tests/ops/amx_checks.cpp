@@ -120,14 +120,16 @@ void check_runs(AmxProduct product, AmxPack pack) {
     for (std::size_t i = 0; i < w.size(); ++i) w[i] = as_bf16(static_cast<float>(i % 7) - 3);
     const Runs runs{{1, 17, 18}, {20, 1, 21}, {23, 32, 55}, {57, 32, 89}};
     for (const Run& run : runs)
-        for (int i = run.first * inputs; i < (run.first + run.rows) * inputs; ++i) x[i] = as_bf16(static_cast<float>(i % 5) - 2);
+        for (int i = run.first * inputs; i < (run.first + run.rows) * inputs; ++i)
+            x[i] = as_bf16(static_cast<float>(i % 5) - 2);
     std::vector<float> out(rows * columns, -1);
     const Product<bf16> p{packed.data(), nullptr, inputs, columns, 1, 1, columns};
     for (int c = 0; c < columns; ++c) pack(w.data() + c, columns, 0, p, c, packed.data());
     product(p, x.data(), runs, out.data());
     std::string found;
     for (int r = 0; r < rows; ++r) {
-        const bool inside = std::any_of(runs.begin(), runs.end(), [&](const Run& a) { return r >= a.first && r < a.first + a.rows; });
+        const auto has_row = [&](const Run& run) { return r >= run.first && r < run.first + run.rows; };
+        const bool inside = std::any_of(runs.begin(), runs.end(), has_row);
         for (int c = 0; c < columns; ++c) {
             float sum = inside ? 0 : -1;
             for (int k = 0; inside && k < inputs; ++k)
@@ -343,7 +345,8 @@ void check_facts() {
     told("no data saved", {true, both, true, saved & ~(1u << 18)});
     for (const int error : {0, EINVAL, ENOSPC, EPERM}) say("errno " + std::to_string(error), amx_refused(error));
     const AmxFacts here = amx_facts(true);
-    std::printf("here: %d %d %llx\n", static_cast<int>(here.leaf7_edx >> 24 & 1), here.osxsave, static_cast<unsigned long long>(here.xcr0));
+    const auto saved_here = static_cast<unsigned long long>(here.xcr0);
+    std::printf("here: %d %d %llx\n", static_cast<int>(here.leaf7_edx >> 24 & 1), here.osxsave, saved_here);
 }
 #endif
 

@@ -196,7 +196,7 @@ MISTAKES = {
     "weights of the other columns": ("dot<3, 5, 7>", "dot<3, 5, 6>"),
     "rows of the other tile": ("dot<1, 4, 7>", "dot<1, 5, 7>"),
     "the wrong rows": ("next_rows = kTileRows * row_values", "next_rows = 15 * row_values"),
-    "a low tile too many": ("if (rows > kTileRows)", "if (rows >= kTileRows)"),
+    "a low tile too many": ("    if (rows > kTileRows)", "    if (rows >= kTileRows)"),
     "stored elsewhere": ("PBF_TILES::store<2>(below, out_stride)", "PBF_TILES::store<2>(out, out_stride)"),
     "next weights": ("w += step", "w += step / 2"),
     "taps of gradients": ("tap * a.dilation, stride", "tap, stride"),
