@@ -527,7 +527,7 @@ int main(int n, char** arguments) {
             std::fprintf(stderr, "%s\n", error.what());
             return 2;
         }
-    for (int i = n > 1 ? static_cast<int>(isa) : 0; i <= static_cast<int>(isa); ++i) {
+    for (int last = static_cast<int>(isa_in_use()), i = n > 1 ? last : 0; i <= last; ++i) {
         const int before = passed, failed_before = failed;
         test_dtype<float>(static_cast<Isa>(i), kIsaNames[i]);
         test_dtype<bf16>(static_cast<Isa>(i), kIsaNames[i]);
