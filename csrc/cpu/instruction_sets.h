@@ -185,7 +185,10 @@ inline const BestIsa& best_isa() {
     static const BestIsa best = [] {
         const Isa vectors = best_vector_isa();
         const std::string failure = amx_failure(vectors);
-        return BestIsa{failure.empty() ? Isa::amx_bf16 : vectors, failure};
+#ifdef PBF_AMX
+        if (failure.empty()) return BestIsa{Isa::amx_bf16, failure};
+#endif
+        return BestIsa{vectors, failure};
     }();
     return best;
 }
@@ -210,7 +213,7 @@ inline void use_instruction_set(const std::string& name) {
             chosen_isa = i;
             return;
         }
-    const std::string why = name == kIsaNames[static_cast<int>(Isa::amx_bf16)] ? " (" + best_isa().amx_failure + ")" : "";
+    const std::string why = name == "amx_bf16" ? " (" + best_isa().amx_failure + ")" : "";
     throw std::invalid_argument("instruction set '" + name + "' is unavailable on this CPU" + why + "; the best is " +
                                 kIsaNames[static_cast<int>(best_isa().isa)]);
 }

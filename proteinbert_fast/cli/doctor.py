@@ -86,7 +86,7 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "CPU features", f"{torch.backends.cpu.get_cpu_capability()}, bfloat16 {bfloat16}"
     known, used = _cpu_kernels.instruction_sets(), _cpu_kernels.instruction_set()
     forced = f" ({ISA_SWITCH}={os.environ[ISA_SWITCH]})" if os.environ.get(ISA_SWITCH) else ""
-    failure = _cpu_kernels.amx_failure()
+    failure = _cpu_kernels.amx_failure() if platform.machine() in {"x86_64", "AMD64"} else ""
     without = f"; not amx_bf16: {failure}" if failure else ""
     yield "instruction set", f"{used}{forced}, of {', '.join(known)}{without}"
     yield "threads", f"{torch.get_num_threads()}"
