@@ -57,7 +57,7 @@ Packed pack_local_block(const std::vector<std::uintptr_t>& weights, std::uintptr
     check_channels("channels", channels);
     if (weights.size() != 10) throw std::invalid_argument("a local block has 10 weights");
     if (taps < 1 || taps % 2 == 0 || wide_dilation < 1) throw std::invalid_argument("taps must be odd, and the dilation at least 1");
-    const Isa which = isa;
+    const Isa which = isa_in_use();
     Packed packed{nullptr, backward ? Kind::local_block_backward : Kind::local_block, which, is_bf16, channels, 0, 0, 0};
     by_dtype(is_bf16, [&](auto zero) {
         using T = decltype(zero);
@@ -80,7 +80,7 @@ Packed pack_attention(std::uintptr_t key_weight, std::uintptr_t value_weight, in
     check_channels("channels", channels);
     check_channels("d_key", d_key);
     check_channels("d_value", d_value);
-    const Isa which = isa;
+    const Isa which = isa_in_use();
     Packed packed{nullptr, backward ? Kind::attention_backward : Kind::attention, which, is_bf16, channels, heads, d_key, d_value};
     by_dtype(is_bf16, [&](auto zero) {
         using T = decltype(zero);
@@ -97,7 +97,7 @@ Packed pack_attention(std::uintptr_t key_weight, std::uintptr_t value_weight, in
 Packed pack_global_block(const std::vector<std::uintptr_t>& weights, int width, bool is_bf16, int threads) {
     check_channels("width", width);
     if (weights.size() != 8) throw std::invalid_argument("a global block has 8 weights");
-    const Isa which = isa;
+    const Isa which = isa_in_use();
     Packed packed{nullptr, Kind::global_block, which, is_bf16, width, 0, 0, 0};
     by_dtype(is_bf16, [&](auto zero) {
         using T = decltype(zero);
@@ -115,7 +115,7 @@ Packed pack_conditioning(std::uintptr_t query, std::uintptr_t broadcast, std::ui
     check_channels("width", width);
     check_channels("keys", keys);
     check_channels("channels", channels);
-    const Isa which = isa;
+    const Isa which = isa_in_use();
     Packed packed{nullptr, Kind::conditioning, which, is_bf16, width, 0, 0, 0};
     by_dtype(is_bf16, [&](auto zero) {
         using T = decltype(zero);
@@ -271,7 +271,7 @@ void weight_gradient(std::uintptr_t x, std::uintptr_t gradient, std::uintptr_t o
     by_dtype(is_bf16, [&](auto zero) {
         using T = decltype(zero);
         const WeightGradient<T> a{at<const T>(x), at<const T>(gradient), at<float>(out), inputs, columns, taps, dilation};
-        PBF_CALL(isa, , weight_gradient(a, first, last, threads));
+        PBF_CALL(isa_in_use(), , weight_gradient(a, first, last, threads));
     });
 }
 
@@ -281,8 +281,8 @@ void protein_sums(std::uintptr_t rows, std::uintptr_t starts, std::uintptr_t len
     check_channels("channels", channels);
     by_dtype(is_bf16, [&](auto zero) {
         using T = decltype(zero);
-        PBF_CALL(isa, , protein_sums(at<const T>(rows), at<const std::int64_t>(starts), at<const std::int64_t>(lengths),
-                                     proteins, at<float>(out), channels, threads));
+        PBF_CALL(isa_in_use(), , protein_sums(at<const T>(rows), at<const std::int64_t>(starts), at<const std::int64_t>(lengths),
+                                              proteins, at<float>(out), channels, threads));
     });
 }
 
@@ -308,10 +308,11 @@ PYBIND11_MODULE(_cpu_kernels, m) {
     m.def("attention_backward", &attention_backward);
     m.def("weight_gradient", &weight_gradient);
     m.def("protein_sums", &protein_sums);
-    m.def("instruction_set", [] { return kIsaNames[static_cast<int>(isa)]; }, "The one in use.");
+    m.def("instruction_set", [] { return kIsaNames[static_cast<int>(isa_in_use())]; }, "The one in use.");
     m.def("instruction_sets", [] {
-        return std::vector<std::string>(kIsaNames, kIsaNames + static_cast<int>(best_isa()) + 1);
+        return std::vector<std::string>(kIsaNames, kIsaNames + static_cast<int>(best_isa().isa) + 1);
     }, "Those that this CPU has, the best last.");
+    m.def("amx_failure", [] { return best_isa().amx_failure; }, "Why amx_bf16 is not in use, or an empty string.");
     m.def("use_instruction_set", &use_instruction_set, "Uses a lesser one than the best, to test it or to compare.");
     m.def("shares_threads", [] { return gomp_parallel() != nullptr; },
           "Whether PyTorch's OpenMP threads were found; if not, these kernels run on one thread.");

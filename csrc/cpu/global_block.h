@@ -45,16 +45,15 @@ std::unique_ptr<PackedWeights> pack_global_block(const GlobalBlockWeights<T>& w,
     return std::make_unique<PackedGlobalBlock<T>>(w, threads);
 }
 
-// out = LN(x + gelu(sums) + pooled), `pooled` or nothing, of a row.
+// out = LN(x + gelu(sums) + pooled), `pooled` or nothing, of a row; over `sums`.
 template <class T>
-void merge_global(const T* x, const float* sums, const T* pooled, const float* gamma, const float* beta, int width, T* out) {
-    float row[kMaxChannels];
+void merge_global(const T* x, float* sums, const T* pooled, const float* gamma, const float* beta, int width, T* out) {
     for (int c = 0; c < width; c += kLanes) {
         Floats total = load(x + c) + gelu(load(sums + c));
         if (pooled) total += load(pooled + c);
-        store(row + c, total);
+        store(sums + c, total);
     }
-    layer_norm(row, gamma, beta, out, width);
+    layer_norm(sums, gamma, beta, out, width);
 }
 
 template <class T>

@@ -11,12 +11,17 @@
 #endif
 #endif
 
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
+#include "amx.h"
 #include "threads.h"
 #include "types.h"
+#ifdef PBF_AMX
+#include "tile_emulator.h"
+#endif
 
 namespace pbf {
 
@@ -35,6 +40,15 @@ namespace pbf {
 #define PBF_ROWS 12
 #define PBF_VECTORS 2
 #define PBF_BF16_DOT 1
+#ifdef PBF_AMX
+#define PBF_TILES HardwareTiles
+PBF_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,amx-tile,amx-bf16")
+namespace amx_bf16 {
+#include "kernels.h"
+}
+PBF_TARGET_END
+#undef PBF_TILES
+#endif
 PBF_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
 namespace avx512_bf16 {
 #include "kernels.h"
@@ -62,6 +76,27 @@ PBF_TARGET_END
 #undef PBF_BYTES
 #undef PBF_ROWS
 #undef PBF_VECTORS
+
+// For tests alone: the products of amx_bf16 on any CPU with AVX2, all else as AVX2 has it. Panels as wide as a pair of tiles.
+#ifdef PBF_AMX
+#define PBF_BYTES 32
+#define PBF_ROWS 2
+#define PBF_VECTORS 4
+#define PBF_BF16_DOT 1
+#define PBF_EMULATED 1
+#define PBF_TILES EmulatedTiles
+PBF_TARGET("avx2,fma")
+namespace amx_bf16_emulated {
+#include "kernels.h"
+}
+PBF_TARGET_END
+#undef PBF_TILES
+#undef PBF_EMULATED
+#undef PBF_BF16_DOT
+#undef PBF_BYTES
+#undef PBF_ROWS
+#undef PBF_VECTORS
+#endif
 #endif
 
 // 16 bytes: 12 sums in SSE2's 16 registers, 20 in NEON's 32. With 24, GCC loads all rows' numbers first, and spills sums.
@@ -97,8 +132,8 @@ namespace baseline {
 #undef PBF_VECTORS
 
 #if defined(PBF_X86_SETS)
-enum class Isa { baseline, avx2, avx512, avx512_bf16 };
-constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+enum class Isa { baseline, avx2, avx512, avx512_bf16, amx_bf16, amx_bf16_emulated };
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx_bf16_emulated"};
 #elif defined(PBF_NEON_BF16)
 enum class Isa { baseline, neon_bf16 };
 constexpr const char* kIsaNames[] = {"baseline", "neon_bf16"};
@@ -107,7 +142,8 @@ enum class Isa { baseline };
 constexpr const char* kIsaNames[] = {"baseline"};
 #endif
 
-inline Isa best_isa() {
+// Of those whose instructions CPUID, or the kernel, vouches for.
+inline Isa best_vector_isa() {
 #if defined(PBF_X86_SETS)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -120,23 +156,81 @@ inline Isa best_isa() {
     return Isa::baseline;
 }
 
+// Why amx_bf16 is not to be used, or nothing. Asks Linux for its permission, and checks the products on this very machine.
+inline std::string amx_failure(Isa vectors) {
+#ifdef PBF_AMX
+    const char* set = std::getenv("PROTEINBERT_FAST_AMX");
+    const std::string wanted = set ? set : "";
+    if (wanted == "0") return "PROTEINBERT_FAST_AMX is 0 in the environment";
+    if (wanted != "" && wanted != "1")
+        throw std::invalid_argument("PROTEINBERT_FAST_AMX is '" + wanted +
+                                    "' in the environment: set 0 to turn AMX off, 1 for the default");
+    if (std::string found = amx_unsupported(amx_facts(vectors == Isa::avx512_bf16)); !found.empty()) return found;
+    if (std::string found = amx_refused(request_amx()); !found.empty()) return found;
+    const std::string found = check_amx<HardwareTiles>(amx_bf16::product, amx_bf16::pack_column<bf16, bf16>);
+    return found.empty() ? found : "its self-check found " + found;
+#else
+    (void)vectors;
+    return "it was built without AMX";
+#endif
+}
+
+struct BestIsa {
+    Isa isa;
+    std::string amx_failure;
+};
+
+// Found out on first use, by one thread.
+inline const BestIsa& best_isa() {
+    static const BestIsa best = [] {
+        const Isa vectors = best_vector_isa();
+        const std::string failure = amx_failure(vectors);
+#ifdef PBF_AMX
+        if (failure.empty()) return BestIsa{Isa::amx_bf16, failure};
+#endif
+        return BestIsa{vectors, failure};
+    }();
+    return best;
+}
+
+// The one that use_instruction_set() chose, or none.
+inline std::atomic<int> chosen_isa{-1};
+
 // The instruction set in use.
-inline Isa isa = best_isa();
+inline Isa isa_in_use() {
+    const int chosen = chosen_isa.load(std::memory_order_relaxed);
+    return chosen < 0 ? best_isa().isa : static_cast<Isa>(chosen);
+}
 
 inline void use_instruction_set(const std::string& name) {
-    for (int i = 0; i <= static_cast<int>(best_isa()); ++i)
+    int most = static_cast<int>(best_isa().isa);
+#ifdef PBF_AMX
+    if (name == kIsaNames[static_cast<int>(Isa::amx_bf16_emulated)] && best_vector_isa() >= Isa::avx2)
+        most = static_cast<int>(Isa::amx_bf16_emulated);
+#endif
+    for (int i = 0; i <= most; ++i)
         if (name == kIsaNames[i]) {
-            isa = static_cast<Isa>(i);
+            chosen_isa = i;
             return;
         }
-    throw std::invalid_argument("instruction set '" + name + "' is unavailable on this CPU; the best is " +
-                                kIsaNames[static_cast<int>(best_isa())]);
+    const std::string why = name == "amx_bf16" ? " (" + best_isa().amx_failure + ")" : "";
+    throw std::invalid_argument("instruction set '" + name + "' is unavailable on this CPU" + why + "; the best is " +
+                                kIsaNames[static_cast<int>(best_isa().isa)]);
 }
 
 // A call with the kernels of an instruction set, and what stands before it: PBF_CALL(isa, result =, function(a, b)).
+#ifdef PBF_AMX
+#define PBF_AMX_CASES(before, ...)                                            \
+    case Isa::amx_bf16: before amx_bf16::__VA_ARGS__; break;                  \
+    case Isa::amx_bf16_emulated: before amx_bf16_emulated::__VA_ARGS__; break;
+#else
+#define PBF_AMX_CASES(before, ...) \
+    default: break;
+#endif
 #if defined(PBF_X86_SETS)
 #define PBF_CALL(which, before, ...)                                         \
     switch (which) {                                                         \
+        PBF_AMX_CASES(before, __VA_ARGS__)                                   \
         case Isa::avx512_bf16: before avx512_bf16::__VA_ARGS__; break;       \
         case Isa::avx512: before avx512::__VA_ARGS__; break;                 \
         case Isa::avx2: before avx2::__VA_ARGS__; break;                     \

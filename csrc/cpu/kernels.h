@@ -8,7 +8,13 @@
 #include "activations.h"
 #include "layer_norm.h"
 #include "product.h"
+#ifdef PBF_TILES
+#include "tile_product.h"
+#endif
 #include "weight_gradient.h"
+#ifdef PBF_TILES
+#include "tile_weight_gradient.h"
+#endif
 #include "convolution.h"
 #include "local_block.h"
 #include "attention.h"

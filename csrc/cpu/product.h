@@ -14,7 +14,15 @@ constexpr bool kHasHalfPanels = kColumns > 16;  // products have multiples of 16
 
 inline Floats multiply_add(Floats total, float x, const float* w) { return total + x * load(w); }
 
-#ifdef PBF_BF16_DOT
+#if defined(PBF_EMULATED)
+inline Floats multiply_add(Floats total, std::int32_t pair, const bf16* w) {
+    Words weights;
+    std::memcpy(&weights, w, sizeof weights);
+    const auto bits = static_cast<std::uint32_t>(pair);
+    return total + widened(static_cast<bf16>(bits >> 16)) * reinterpret_cast<Floats>(weights & 0xffff0000u) +
+           widened(static_cast<bf16>(bits)) * reinterpret_cast<Floats>(weights << 16);
+}
+#elif defined(PBF_BF16_DOT)
 inline Floats multiply_add(Floats total, std::int32_t pair, const bf16* w) {
 #ifdef __aarch64__
     // Rounds the sum of the two products to odd, so its bits are not those of AVX-512's instruction.
@@ -88,7 +96,7 @@ void product(const Product<E>& p, const E* x, const Runs& runs, float* out) {
                 if (!kHasHalfPanels || p.columns - column >= kColumns)
                     product_tile_of<PBF_VECTORS>(rows, heights, p, at, w, bias, to);
                 else if constexpr (kHasHalfPanels)
-                    product_tile_of<1>(rows, heights, p, at, w, bias, to);
+                    product_tile_of<PBF_VECTORS / 2>(rows, heights, p, at, w, bias, to);
             }
         }
     }

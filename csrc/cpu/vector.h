@@ -40,6 +40,18 @@ inline Floats splat(float x) { return Floats{} + x; }
 
 inline Floats absolute(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7fffffff); }
 
-// Both keep NaN: the comparison is false for it, and the second operand is x itself. One instruction each.
+// Both keep NaN: the comparison is false for it, and the second operand is x itself. x86's instructions do just that; GCC
+// does not find them, and blends. (With a mask because GCC warns of the operand that the intrinsic without one leaves open.)
+#if !defined(__x86_64__) || defined(PBF_EMULATED)
 inline Floats at_least(Floats x, float low) { return splat(low) > x ? splat(low) : x; }
 inline Floats at_most(Floats x, float high) { return splat(high) < x ? splat(high) : x; }
+#elif PBF_BYTES == 64
+inline Floats at_least(Floats x, float low) { return _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(low), x); }
+inline Floats at_most(Floats x, float high) { return _mm512_maskz_min_ps(0xffff, _mm512_set1_ps(high), x); }
+#elif PBF_BYTES == 32
+inline Floats at_least(Floats x, float low) { return _mm256_max_ps(_mm256_set1_ps(low), x); }
+inline Floats at_most(Floats x, float high) { return _mm256_min_ps(_mm256_set1_ps(high), x); }
+#else
+inline Floats at_least(Floats x, float low) { return _mm_max_ps(_mm_set1_ps(low), x); }
+inline Floats at_most(Floats x, float high) { return _mm_min_ps(_mm_set1_ps(high), x); }
+#endif

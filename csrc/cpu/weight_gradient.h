@@ -60,7 +60,7 @@ void add_row_sums(const WeightGradient<T>& a, const Block<E>& block, int tap, in
         if (!kHasHalfPanels || a.columns - column >= kColumns)
             row_sum_tile_of<PBF_VECTORS>(height, heights, block.rows, a.inputs, at, gradient, to, a.columns);
         else if constexpr (kHasHalfPanels)
-            row_sum_tile_of<1>(height, heights, block.rows, a.inputs, at, gradient, to, a.columns);
+            row_sum_tile_of<PBF_VECTORS / 2>(height, heights, block.rows, a.inputs, at, gradient, to, a.columns);
     }
 }
 

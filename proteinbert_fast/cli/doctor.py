@@ -75,19 +75,20 @@ def _versions() -> Iterator[tuple[str, str]]:
 def _machine() -> Iterator[tuple[str, str]]:
     import torch
 
+    from proteinbert_fast import _cpu_kernels
     from proteinbert_fast.embedding.api import cpu_abilities, has_fast_bfloat16
     from proteinbert_fast.ops.cpu import ISA_SWITCH
 
     cpu = cpu_abilities()
     yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
     yield "CPU", f"{cpu.get('cpu_name') or platform.processor() or 'unknown'}, {os.cpu_count()} processors"
-    from proteinbert_fast import _cpu_kernels
-
     bfloat16 = "in hardware" if has_fast_bfloat16() else "not in hardware"
     yield "CPU features", f"{torch.backends.cpu.get_cpu_capability()}, bfloat16 {bfloat16}"
     known, used = _cpu_kernels.instruction_sets(), _cpu_kernels.instruction_set()
     forced = f" ({ISA_SWITCH}={os.environ[ISA_SWITCH]})" if os.environ.get(ISA_SWITCH) else ""
-    yield "instruction set", f"{used}{forced}, of {', '.join(known)}"
+    failure = _cpu_kernels.amx_failure() if platform.machine() in {"x86_64", "AMD64"} else ""
+    without = f"; not amx_bf16: {failure}" if failure else ""
+    yield "instruction set", f"{used}{forced}, of {', '.join(known)}{without}"
     yield "threads", f"{torch.get_num_threads()}"
     if not torch.cuda.is_available():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"

@@ -34,11 +34,12 @@ from proteinbert_fast.ops.reference import (
     Message,
     MessageWeights,
 )
+from proteinbert_fast.ops.switches import is_enabled
 from proteinbert_fast.packing import PackedBatch
 
 # Of the numbers that kernels of one instruction set give: counted up with every change of any bit.
 KERNELS_VERSION = 2
-ISA_SWITCH = "PROTEINBERT_FAST_ISA"
+ISA_SWITCH, AMX_SWITCH = "PROTEINBERT_FAST_ISA", "PROTEINBERT_FAST_AMX"
 PROTEIN_GROUP = 16
 ROW_GROUP = 2048
 DTYPES = (torch.float32, torch.bfloat16)
@@ -606,4 +607,5 @@ def sum_annotations(annotations: Tensor | tuple[Tensor, Tensor], weight: Tensor)
     return reference.sum_annotations(annotations, weight)
 
 
+is_enabled(AMX_SWITCH)  # csrc/cpu/instruction_sets.h asks too; here, what is no answer is said in one line
 force_instruction_set(os.environ.get(ISA_SWITCH))

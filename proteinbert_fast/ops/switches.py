@@ -1,4 +1,4 @@
-"""Environment variables that turn GPU kernels off. Read once: compiled code cannot look again."""
+"""Environment variables that turn kernels off. Read once: compiled code cannot look again."""
 
 import os
 

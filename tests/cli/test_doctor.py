@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from proteinbert_fast import Tokenizer
+from proteinbert_fast import Tokenizer, _cpu_kernels
 from proteinbert_fast.cli import doctor
 from proteinbert_fast.cli.main import main
 from proteinbert_fast.weights import SHIPPED
@@ -20,6 +20,10 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert "FAIL" not in out
     assert "pass  model on cpu in float32: largest difference from the definition" in out
     assert "all checks passed in" in out
+    failure = _cpu_kernels.amx_failure()
+    known = ", ".join(_cpu_kernels.instruction_sets())
+    kernels = f"{_cpu_kernels.instruction_set()}, of {known}" + (f"; not amx_bf16: {failure}" if failure else "")
+    assert f"\n  instruction set       {kernels}\n" in out
 
 
 def test_weights_that_ship(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

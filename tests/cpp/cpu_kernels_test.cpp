@@ -74,11 +74,11 @@ void clear_gaps(const Batch& batch, std::vector<T>& rows, int channels) {
         if (batch.segments[r] < 0) std::fill_n(rows.begin() + r * channels, channels, T{});
 }
 
-// Rows of proteins [first, first + count) of `rows`, which is (batch.rows, channels).
+// A protein's own rows of `rows`, which is (batch.rows, channels).
 template <class T>
-std::vector<T> of_proteins(const Batch& batch, const std::vector<T>& rows, int channels, std::int64_t first, std::int64_t count = 1) {
-    return {rows.begin() + batch.starts[first] * channels,
-            rows.begin() + (batch.starts[first + count - 1] + batch.lengths[first + count - 1]) * channels};
+std::vector<T> of_protein(const Batch& batch, const std::vector<T>& rows, int channels, std::int64_t protein) {
+    const auto first = rows.begin() + batch.starts[protein] * channels;
+    return {first, first + batch.lengths[protein] * channels};
 }
 
 // The largest error, by the size of the exact values: each one's own beyond 1. NaN where one is NaN.
@@ -142,7 +142,7 @@ struct BlockInputs {
         narrow = random<T>(generator, square * kTaps, 1 / std::sqrt(kTaps * channels));
         wide = random<T>(generator, square * kTaps, 1 / std::sqrt(kTaps * channels));
         dense = random<T>(generator, square, 1 / std::sqrt(channels));
-        for (auto& values : vectors) values = random<float>(generator, channels, &values == vectors + 2 || &values == vectors + 5 ? 1 : 0.3);
+        for (int i = 0; i < 7; ++i) vectors[i] = random<float>(generator, channels, i == 2 || i == 5 ? 1 : 0.3);
         embedding = random<T>(generator, std::int64_t{kTokens} * channels);
         std::fill_n(embedding.end() - channels, channels, T{});
         broadcast = random<float>(generator, batch.proteins() * channels);
@@ -295,10 +295,10 @@ void test_local_block(Isa which, const Batch& batch, int channels, bool takes_to
         const Batch one({batch.lengths[p]}, kGap);
         const BlockInputs<T> its = in.alone(batch, p);
         const Forward<T> alone = forward(which, one, its, takes_tokens, 1);
-        check_same_bits(of_proteins(one, alone.local, channels, 0), of_proteins(batch, found.local, channels, p), of + ", local");
+        check_same_bits(of_protein(one, alone.local, channels, 0), of_protein(batch, found.local, channels, p), of + ", local");
         const Backward<T> its_back = backward(which, one, its, alone, takes_tokens, 1);
         const auto rows = takes_tokens ? &Backward<T>::d_sum : &Backward<T>::d_x;
-        check_same_bits(of_proteins(one, its_back.*rows, channels, 0), of_proteins(batch, back.*rows, channels, p), of + ", d_x");
+        check_same_bits(of_protein(one, its_back.*rows, channels, 0), of_protein(batch, back.*rows, channels, p), of + ", d_x");
     }
 }
 
@@ -313,8 +313,8 @@ template <class T>
 Attended<T> attend(Isa which, const Batch& batch, const AttentionWeights<T>& w, const std::vector<T>& local,
                    const std::vector<float>& query, const std::vector<float>& d_pooled, int threads) {
     const std::int64_t n_slots = batch.slots.back(), groups = batch.proteins() * w.heads, width = 1 + w.d_value;
-    Attended<T> out{std::vector<float>(batch.rows * w.heads), std::vector<float>(groups * w.d_value), std::vector<T>(local.size()),
-                    poisoned<float>(groups * w.d_key),
+    Attended<T> out{std::vector<float>(batch.rows * w.heads), std::vector<float>(groups * w.d_value),
+                    std::vector<T>(local.size()), poisoned<float>(groups * w.d_key),
                     std::vector<float>(std::int64_t{w.channels} * w.heads * (w.d_key + w.d_value))};
     std::vector<float> partials = poisoned<float>(n_slots * w.heads * width), totals(groups);
     auto parts = poisoned<float>(n_slots * w.heads * w.d_key);
@@ -337,8 +337,8 @@ Attended<T> attend(Isa which, const Batch& batch, const AttentionWeights<T>& w, 
     PBF_CALL(which, , attention_backward(*packed, b, batch.tiles(), threads));
     std::vector<std::int64_t> n_parts;
     for (std::int64_t p = 0; p < batch.proteins(); ++p) n_parts.push_back(batch.slots[p + 1] - batch.slots[p]);
-    PBF_CALL(which, , protein_sums(static_cast<const float*>(parts.data()), batch.slots.data(), n_parts.data(), batch.proteins(),
-                                   out.d_query.data(), w.heads * w.d_key, threads));
+    PBF_CALL(which, , protein_sums(static_cast<const float*>(parts.data()), batch.slots.data(), n_parts.data(),
+                                   batch.proteins(), out.d_query.data(), w.heads * w.d_key, threads));
     return out;
 }
 
@@ -381,7 +381,8 @@ void test_attention(Isa which, const Batch& batch, int channels, int d_key, int 
         const std::string its = name + " protein " + std::to_string(p) + " alone";
         check_same_bits(alone.pooled, of(found.pooled, d_value), its + ", pooled");
         check_same_bits(alone.d_query, of(found.d_query, d_key), its + ", d_query");
-        check_same_bits(of_proteins(one, alone.d_local, channels, 0), of_proteins(batch, found.d_local, channels, p), its + ", d_local");
+        check_same_bits(of_protein(one, alone.d_local, channels, 0), of_protein(batch, found.d_local, channels, p),
+                        its + ", d_local");
     }
 }
 
@@ -394,10 +395,11 @@ void test_weight_gradient(Isa which, std::int64_t rows, int taps, int dilation, 
     Values exact(std::int64_t{taps} * inputs * columns, 0.0);
     for (std::int64_t r = gap; r < rows + gap; ++r)
         for (int t = 0; t < taps; ++t)
-            for (int i = 0; i < inputs; ++i)
+            for (int i = 0; i < inputs; ++i) {
+                const double value = number(x[(r + (t - taps / 2) * dilation) * inputs + i]);
                 for (int c = 0; c < columns; ++c)
-                    exact[(t * inputs + i) * columns + c] += static_cast<double>(number(x[(r + (t - taps / 2) * dilation) * inputs + i])) *
-                                                             number(gradient[r * columns + c]);
+                    exact[(t * inputs + i) * columns + c] += value * number(gradient[r * columns + c]);
+            }
     std::vector<float> first;
     for (const int threads : {1, 2, 64}) {
         std::vector<float> found(exact.size());
@@ -497,7 +499,8 @@ void test_protein_sums(Isa which, const Batch& batch, const std::string& name) {
 template <class T>
 void test_dtype(Isa which, const std::string& set) {
     // One row; rows that fill no four of Winograd's and no tile; more than a unit of work and a tile of attention.
-    const std::pair<int, std::vector<std::int64_t>> cases[] = {{16, {1, 2, 301, 45}}, {48, {37, 1, 70, 4}}, {128, {1, 29, 13}}};
+    const std::pair<int, std::vector<std::int64_t>> cases[] = {
+        {16, {1, 2, 301, 45}}, {48, {37, 1, 70, 4}}, {128, {1, 29, 13}}};
     for (const auto& [channels, lengths] : cases) {
         const Batch batch(lengths, kGap);
         const std::string name = set + (kIsBf16<T> ? " bfloat16 d_local " : " float32 d_local ") + std::to_string(channels);
@@ -508,8 +511,9 @@ void test_dtype(Isa which, const std::string& set) {
     const std::string name = set + (kIsBf16<T> ? " bfloat16" : " float32");
     for (const std::int64_t rows : {1, 37, 300})
         for (const auto& [taps, dilation] : {std::pair{1, 1}, {3, 2}, {9, 5}})
-            test_weight_gradient<T>(which, rows, taps, dilation,
-                                    name + " weight gradient of " + std::to_string(rows) + " rows, " + std::to_string(taps) + " taps");
+            test_weight_gradient<T>(
+                which, rows, taps, dilation,
+                name + " weight gradient of " + std::to_string(rows) + " rows, " + std::to_string(taps) + " taps");
     test_protein_sums<T>(which, Batch({1, 40, 3}, kGap), name + " protein sums");
     for (const int proteins : {1, 2, 61})
         for (const auto& [width, keys, channels] : {std::tuple{48, 32, 16}, {128, 64, 48}})
@@ -527,7 +531,7 @@ int main(int n, char** arguments) {
             std::fprintf(stderr, "%s\n", error.what());
             return 2;
         }
-    for (int i = n > 1 ? static_cast<int>(isa) : 0; i <= static_cast<int>(isa); ++i) {
+    for (int last = static_cast<int>(isa_in_use()), i = n > 1 ? last : 0; i <= last; ++i) {
         const int before = passed, failed_before = failed;
         test_dtype<float>(static_cast<Isa>(i), kIsaNames[i]);
         test_dtype<bf16>(static_cast<Isa>(i), kIsaNames[i]);

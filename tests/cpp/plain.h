@@ -1,6 +1,7 @@
 // What the kernels compute, as plain loops in double: the definition is that of proteinbert_fast/ops/reference.py.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -85,8 +86,10 @@ inline Values back(const Normalized& x, const Values& gamma, const Values& gradi
             mean += g / channels;
             along += g * x.rows[r * channels + c] / channels;
         }
-        for (std::size_t c = 0; c < channels; ++c)
-            out[r * channels + c] = x.scales[r] * (gradient[r * channels + c] * gamma[c] - mean - x.rows[r * channels + c] * along);
+        for (std::size_t c = 0; c < channels; ++c) {
+            const std::size_t i = r * channels + c;
+            out[i] = x.scales[r] * (gradient[i] * gamma[c] - mean - x.rows[i] * along);
+        }
     }
     return out;
 }
@@ -132,7 +135,8 @@ struct LocalBlock {
         Values sum(x.size());
         for (std::size_t i = 0; i < x.size(); ++i) {
             const std::int32_t p = batch.segments[i / channels];
-            sum[i] = x[i] + (p < 0 ? 0 : broadcast[std::int64_t{p} * channels + i % channels]) + gelu(narrow[i]) + gelu(wide[i]);
+            const double word = p < 0 ? 0 : broadcast[std::int64_t{p} * channels + i % channels];
+            sum[i] = x[i] + word + gelu(narrow[i]) + gelu(wide[i]);
         }
         first = normalized(sum, batch.rows, channels);
         hidden = scaled(first, w.norm1, w.norm1_bias);

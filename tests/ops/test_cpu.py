@@ -435,7 +435,7 @@ def test_gradient_of_weights_over_many_rows():
     assert ((found.double() - exact).abs() / exact).max() < 3e-5
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16", "neon_bf16"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx_bf16_emulated", "neon_bf16"])
 def instruction_set(request):
     best = _cpu_kernels.instruction_set()
     try:
@@ -498,10 +498,22 @@ def test_an_isa_that_this_cpu_has_not_is_one_line():
 
 def test_doctor_says_which_isa_runs():
     code = "from proteinbert_fast.cli import doctor; print(dict(doctor._machine())['instruction set'])"
-    known = ", ".join(_cpu_kernels.instruction_sets())
-    assert in_a_process(code, PROTEINBERT_FAST_ISA="").stdout == f"{_cpu_kernels.instruction_sets()[-1]}, of {known}\n"
+    known, failure = ", ".join(_cpu_kernels.instruction_sets()), _cpu_kernels.amx_failure()
+    end = f"of {known}; not amx_bf16: {failure}\n" if failure else f"of {known}\n"
+    assert in_a_process(code, PROTEINBERT_FAST_ISA="").stdout == f"{_cpu_kernels.instruction_sets()[-1]}, {end}"
     forced = in_a_process(code, PROTEINBERT_FAST_ISA="baseline").stdout
-    assert forced == f"baseline (PROTEINBERT_FAST_ISA=baseline), of {known}\n"
+    assert forced == f"baseline (PROTEINBERT_FAST_ISA=baseline), {end}"
+
+
+def test_a_switch_of_amx_that_says_nothing_is_one_line():
+    done = in_a_process(
+        "from proteinbert_fast.cli.main import main; raise SystemExit(main(['doctor']))", PROTEINBERT_FAST_AMX="never"
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "proteinbert-fast: error: PROTEINBERT_FAST_AMX is 'never' in the environment: "
+        "set 0 to turn these kernels off, 1 for the default\n"
+    )
 
 
 def test_weights_packed_for_one_isa_run_with_it(instruction_set):

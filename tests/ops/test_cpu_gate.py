@@ -210,12 +210,15 @@ def test_what_is_shipped_passes(tools):
 
 
 def planted(folder: Path, old: str, new: str) -> Path:
-    """The C++ sources with one thing changed."""
+    """The C++ sources with one thing changed, where it is first said."""
     shutil.copytree(ROOT / "csrc" / "cpu", folder / "cpu")
     header = folder / "cpu" / "instruction_sets.h"
     text = header.read_text()
-    assert text.count(old) == 1
-    header.write_text(text.replace(old, new))
+    assert old in text
+    header.write_text(text.replace(old, new, 1))
+    # Intrinsics are of one width; the plain formulas beside them compile for every width.
+    vectors = folder / "cpu" / "vector.h"
+    vectors.write_text(vectors.read_text().replace("defined(__x86_64__)", "0"))
     return folder
 
 
