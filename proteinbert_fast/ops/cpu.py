@@ -1,8 +1,8 @@
 """The model's operations on the CPU: the local block and global attention as one pass each, see csrc/cpu/.
 
-A row's result does not depend on where it lies and what else is in the batch. Our kernels sum in one fixed order; what
-goes through a matrix library, the global track and the heads, does so in groups of a fixed number of rows, the last one
-filled up, because a library may choose another algorithm, and so other bits, for another shape.
+A row's result does not depend on where it lies and what else is in the batch. Our kernels, the global track's too, sum
+in one fixed order; what goes through a matrix library, the heads, does so in groups of a fixed number of rows, the last
+one filled up, because a library may choose another algorithm, and so other bits, for another shape.
 
 The backward pass has kernels of its own too, whose sums over all rows run in one order for any number of threads. Only
 where attention weights are asked for do attention's gradients come from the plain operations. The forward pass has the
