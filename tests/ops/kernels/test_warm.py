@@ -112,7 +112,9 @@ def test_kernels_travel_to_another_folder(cache, tmp_path):
                   "print(n, set(glob.glob(os.environ['TRITON_CACHE_DIR'] + '/*/*')) == files)", there)  # fmt: skip
     finally:
         hidden.rename(cache)
-    assert out == f"{kernels} True\n"
+    submitted, same_files = out.split()
+    assert same_files == "True", "nothing was compiled"
+    assert 8 < int(submitted) <= kernels, "all kernels of a forward pass; the cache may hold those of training too"
 
 
 def test_what_does_not_compile_is_said(tmp_path):
