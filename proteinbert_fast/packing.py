@@ -233,7 +233,7 @@ class PackedBatch:
         """The proteins cut into spans of ``size`` rows, each counted from its own first row. Kept after the first time.
 
         Returns:
-            int32 (S,): the protein of each span; B in those beyond the last, because S is only known to suffice.
+            int32 (S,): the protein of each span; B in those beyond the last, because S is an upper bound.
             int64 (B + 1,): the first span of each protein, and how many there are.
         """
         if size not in self._spans:

@@ -13,7 +13,7 @@ def cut_into_spans(lengths: torch.Tensor, size: int, most: int) -> tuple[torch.T
     Args:
         lengths: int64 (B,).
         size: rows of a span.
-        most: S, a number of spans that is known to suffice.
+        most: S, an upper bound on the number of spans.
 
     Returns:
         int32 (S,): the protein of each span; B in those beyond the last.

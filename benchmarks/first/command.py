@@ -109,15 +109,15 @@ def dry_run(probes: Sequence[Probe], output: Path | None) -> int:
         fake = Path(temporary) / "fakes"
         faked = Folder(fake)
         _run(fakes.probes(), faked, DRY_SECONDS)
-        complaints = fakes.complaints(faked.lines)
+        failures = fakes.failures(faked.lines)
         # bfloat16 only: the interpreter takes seconds for what takes a GPU milliseconds.
         small = [probe for probe in probes if "float16" not in probe.name.replace("bfloat16", "")]
         small = [probe for probe in small if "float32" not in probe.name]
         alone = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         ended = _run(small, folder, DRY_SECONDS, tiny=True, environment=alone)
-    for line in complaints:
+    for line in failures:
         print(f"{PROGRAM}: error: {line}", file=sys.stderr)
     for probe in ended:
         if not probe.well or probe.wrong:
             print(f"{PROGRAM}: error: {probe.name}: {probe.end}, {probe.wrong} wrong", file=sys.stderr)
-    return 1 if complaints or not _all_right(ended) else 0
+    return 1 if failures or not _all_right(ended) else 0

@@ -91,7 +91,7 @@ def _misbehave(context: "Context", what: str) -> None:
         context.emit(True, check="the child", pid=child.pid)
 
 
-def complaints(lines: list[dict[str, object]]) -> list[str]:
+def failures(lines: list[dict[str, object]]) -> list[str]:
     """What a run of these probes recorded otherwise than it must have."""
     found = []
     for what, (end, well, own) in WAYS.items():

@@ -82,42 +82,42 @@ def check(kind: Kind, hopper: bool, say: Callable[[str, int, int], None]) -> Out
     environment["PYTHONPATH"] = os.pathsep.join([_PACKAGES, *filter(None, [os.environ.get("PYTHONPATH")])])
     if not hopper:
         environment["PROTEINBERT_FAST_HOPPER"] = "0"
-    heard: dict[str, Any] = {}
+    received: dict[str, Any] = {}
 
-    def hear(line: dict[str, Any]) -> None:
-        heard.update(line)
+    def receive(line: dict[str, Any]) -> None:
+        received.update(line)
         if "compiled" in line:
             say("compiling GPU kernels", int(line["compiled"]), int(line["of"]))
         elif line.get("begun") == "check":
             say("checking GPU kernels", 0, 1)
 
     try:
-        end = _run(job, environment, hear)
+        end = _run(job, environment, receive)
     except OSError as error:
         return Outcome(f"the process of the self-check could not be started: {error}", False)
-    return judged(heard, end, kind)
+    return judged(received, end, kind)
 
 
-def judged(heard: dict[str, Any], end: str | Interrupted | None, kind: Kind) -> Outcome:
+def judged(received: dict[str, Any], end: str | Interrupted | None, kind: Kind) -> Outcome:
     """What a process said, and how it ended, mean.
 
     Args:
-        heard: the values of its lines, the last of each name.
+        received: the values of its lines, the last of each name.
         end: how it ended, in words; None for exit code 0.
         kind: what it checked.
     """
     if isinstance(end, Interrupted):
         text = f"the self-check did not end within {end.seconds:.0f} s ({end.while_doing})"
         return Outcome(text, end.while_doing == "checking")
-    if "unable" in heard:
-        return Outcome(f"they could not be checked: {heard['unable']}", False)
+    if "unable" in received:
+        return Outcome(f"they could not be checked: {received['unable']}", False)
     if end is not None:
-        if "begun" not in heard:
+        if "begun" not in received:
             return Outcome(f"the process of the self-check did not begin: {end}", False)
         return Outcome(f"the process of the self-check died: {end}", True)
-    if "failed" in heard:
-        return Outcome(str(heard["failed"]), True)
-    measured = heard.get("measured")
+    if "failed" in received:
+        return Outcome(str(received["failed"]), True)
+    measured = received.get("measured")
     try:
         error, gradient_error = measured  # type: ignore[misc]
         numbers = Measured(float(error), None if gradient_error is None else float(gradient_error))
@@ -127,7 +127,7 @@ def judged(heard: dict[str, Any], end: str | Interrupted | None, kind: Kind) -> 
 
 
 def _run(
-    job: dict[str, Any], environment: dict[str, str], hear: Callable[[dict[str, Any]], None]
+    job: dict[str, Any], environment: dict[str, str], receive: Callable[[dict[str, Any]], None]
 ) -> str | Interrupted | None:
     """Runs the process; how it ended, None for exit code 0."""
     started = phase_started = time.monotonic()
@@ -159,7 +159,7 @@ def _run(
                     continue
                 if line.get("begun") == "check" and doing == "compiling":
                     doing, limit, phase_started = "checking", CHECK_SECONDS, time.monotonic()
-                hear(line)
+                receive(line)
             return _ending(process.returncode, errors)
         finally:
             _end(process)

@@ -179,7 +179,8 @@ def _digest_of_kernels() -> str:
     """Of the source of all operations, which is what changes between two commits of one version."""
     folder = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in [*sorted((folder / "ops").rglob("*.py")), folder / "model.py", folder / "packing.py"]:
+    beyond = [folder / f"{name}.py" for name in ("model", "packing", "spans")]
+    for path in [*sorted((folder / "ops").rglob("*.py")), *beyond]:
         digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes() + b"\n")
     return digest.hexdigest()
 

@@ -57,7 +57,7 @@ def faked(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 
 def test_probes_that_go_wrong_cost_their_own_lines(faked: Folder):
-    assert fakes.complaints(faked.lines) == []
+    assert fakes.failures(faked.lines) == []
     assert lines_of(faked.path) == faked.lines
     # NaN is no JSON.
     assert {line["number"] for line in faked.lines if line.get("check") == "the first"} == {"nan"}
@@ -68,9 +68,9 @@ def test_what_is_recorded_otherwise_is_complained_of(faked: Folder):
         lines = [dict(line) for line in faked.lines]
         end = next(line for line in lines if line["probe"] == f"fake-{what}" and "end" in line)
         end["end"] = "finished; or so it says"
-        found = fakes.complaints(lines)
+        found = fakes.failures(lines)
         assert found == [f"fake-{what} ended as ['finished; or so it says'], not {fakes.WAYS[what][0]!r}"]
-    assert len(fakes.complaints([line for line in faked.lines if line.get("check") != "the second"])) == 3
+    assert len(fakes.failures([line for line in faked.lines if line.get("check") != "the second"])) == 3
 
 
 def test_the_log_keeps_garbage_and_the_last_words(faked: Folder):

@@ -465,13 +465,13 @@ void test_global_track(Isa which, int width, int keys, int channels, int protein
     for (std::size_t i = 0; i < after.size(); ++i) after[i] = hidden[i] + plain::gelu(after[i]);
     Values asked = dense_rows(x, values_of(query), {}, width);
     for (double& value : asked) value = std::tanh(value);
-    Values heard = dense_rows(x, values_of(broadcast), values_of(broadcast_bias), width);
-    for (double& value : heard) value = plain::gelu(value);
+    Values broadcasts = dense_rows(x, values_of(broadcast), values_of(broadcast_bias), width);
+    for (double& value : broadcasts) value = plain::gelu(value);
     check_states<T>(found.hidden, hidden, name + " hidden");
     check_states<T>(found.out, plain::scaled(plain::normalized(after, proteins, width), values_of(norm2), values_of(norm2_bias)),
                     name + " state");
     check_states<T>(found.query, asked, name + " query");
-    check_states<T>(found.broadcast, heard, name + " broadcast");
+    check_states<T>(found.broadcast, broadcasts, name + " broadcast");
     check_same_bits(shared.out, found.out, name + " on several threads");
     check_same_bits(shared.broadcast, found.broadcast, name + " broadcast on several threads");
     check_same_bits(alone.out, std::vector<T>(found.out.end() - width, found.out.end()), name + " alone");

@@ -166,7 +166,7 @@ def test_weights_that_change_during_a_capture(graphed, device, monkeypatch):
 
 @pytest.mark.slow
 def test_under_autocast(graphed, device):
-    """Where the first block's states of tokens are cast anew in every call, and in every replay."""
+    """Where the first block's states of tokens are cast again in every call, and in every replay."""
     with torch.autocast(device.type, torch.bfloat16):
         for change in (lambda model: None, in_place):
             change(graphed.model)
