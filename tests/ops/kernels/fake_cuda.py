@@ -1,7 +1,7 @@
 """What GraphedForward needs of torch.cuda, on a CPU: streams and events that write down their order, and graphs.
 
 A graph is what one is on a GPU: the operations and kernel launches of a run, with the very tensors that they had, and
-nothing of the Python code around them. So a replay does not see a weight that was prepared elsewhere since, nor anything
+nothing of the Python code around them. So a replay sees no weight that was prepared elsewhere since, nor anything
 that was computed on the host. Memory that it allocates is filled with NaN before each replay.
 """
 
