@@ -45,6 +45,7 @@ struct Packed {
     Isa isa;
     bool is_bf16;
     int channels, heads, d_key, d_value;
+    bool takes_tokens = false;  // a local block
 
     const PackedWeights& as(Kind wanted) const {
         if (kind != wanted) throw std::invalid_argument("these weights are packed for another kernel");
@@ -58,7 +59,8 @@ Packed pack_local_block(const std::vector<std::uintptr_t>& weights, std::uintptr
     if (weights.size() != 10) throw std::invalid_argument("a local block has 10 weights");
     if (taps < 1 || taps % 2 == 0 || wide_dilation < 1) throw std::invalid_argument("taps must be odd, and the dilation at least 1");
     const Isa which = isa_in_use();
-    Packed packed{nullptr, backward ? Kind::local_block_backward : Kind::local_block, which, is_bf16, channels, 0, 0, 0};
+    Packed packed{nullptr, backward ? Kind::local_block_backward : Kind::local_block, which, is_bf16, channels, 0, 0, 0,
+                  embedding != 0};
     by_dtype(is_bf16, [&](auto zero) {
         using T = decltype(zero);
         const auto& w = weights;
@@ -116,7 +118,7 @@ Packed pack_conditioning(std::uintptr_t query, std::uintptr_t broadcast, std::ui
     check_channels("keys", keys);
     check_channels("channels", channels);
     const Isa which = isa_in_use();
-    Packed packed{nullptr, Kind::conditioning, which, is_bf16, width, 0, 0, 0};
+    Packed packed{nullptr, Kind::conditioning, which, is_bf16, width, keys, 0, channels};
     by_dtype(is_bf16, [&](auto zero) {
         using T = decltype(zero);
         const ConditioningWeights<T> from{at<const T>(query), at<const T>(broadcast), at<const float>(broadcast_bias), width, keys,
@@ -145,12 +147,21 @@ void conditioning(const Packed& packed, std::uintptr_t state, std::uintptr_t que
     });
 }
 
+// The first gap and the last: units of work end before the last, because what they widen reaches into it.
+template <class T>
+void clear_gaps(T* state, const Layout& layout, int channels) {
+    const std::int64_t gap = std::min(layout.gap, layout.rows), last = std::max(layout.rows - layout.gap, gap);
+    std::fill(state, state + gap * channels, T{});
+    std::fill(state + last * channels, state + layout.rows * channels, T{});
+}
+
 // From states `x`, or from tokens where that is 0; `hidden`, and `narrow` with `wide`, may be 0.
 void local_block(const Packed& packed, std::uintptr_t x, std::uintptr_t tokens, std::uintptr_t broadcast, std::uintptr_t segments,
                  std::uintptr_t hidden, std::uintptr_t local, std::uintptr_t narrow, std::uintptr_t wide,
                  std::uintptr_t starts, std::uintptr_t lengths, std::int64_t proteins, std::int64_t gap, std::int64_t rows,
                  int threads) {
     const PackedWeights& weights = packed.as(Kind::local_block);
+    if (packed.takes_tokens != (tokens != 0)) throw std::invalid_argument("tokens where these weights take states, or states where tokens");
     by_dtype(packed.is_bf16, [&](auto zero) {
         using T = decltype(zero);
         const LocalBlock<T> a{at<const T>(x),
@@ -162,6 +173,8 @@ void local_block(const Packed& packed, std::uintptr_t x, std::uintptr_t tokens, 
                               at<T>(narrow),
                               at<T>(wide)};
         const Layout layout{at<const std::int64_t>(starts), at<const std::int64_t>(lengths), proteins, gap, rows};
+        if (a.hidden) clear_gaps(a.hidden, layout, packed.channels);
+        clear_gaps(a.local, layout, packed.channels);
         PBF_CALL(packed.isa, , local_block(weights, a, layout, threads));
     });
 }
@@ -209,40 +222,116 @@ std::vector<Tile> tiles_of(const std::int64_t* starts, const std::int64_t* lengt
     return tiles;
 }
 
-// Sums over each tile of each protein; see attention_finish. `weights` may be 0.
-void attention(const Packed& packed, std::uintptr_t local, std::uintptr_t query, std::uintptr_t starts, std::uintptr_t lengths,
-               std::uintptr_t slots, std::int64_t proteins, std::uintptr_t partials, std::uintptr_t weights, int threads) {
-    const PackedWeights& keys_values = packed.as(Kind::attention);
-    by_dtype(packed.is_bf16, [&](auto zero) {
-        using T = decltype(zero);
-        const Attention<T> a{at<const T>(local), at<const float>(query), at<float>(partials), at<float>(weights)};
-        const auto tiles = tiles_of(at<const std::int64_t>(starts), at<const std::int64_t>(lengths),
-                                    at<const std::int64_t>(slots), proteins);
-        PBF_CALL(packed.isa, , attention(keys_values, a, tiles, threads));
-    });
+// How many tiles lie before each protein, and in all.
+std::vector<std::int64_t> slots_of(const std::int64_t* lengths, std::int64_t proteins) {
+    std::vector<std::int64_t> slots{0};
+    for (std::int64_t p = 0; p < proteins; ++p) slots.push_back(slots.back() + (lengths[p] + kTile - 1) / kTile);
+    return slots;
 }
 
-// out = (sum over tiles of sum(e * value)) / (sum over tiles of sum(e)), tiles in order; denominators on the side.
-void attention_finish(std::uintptr_t partials, std::uintptr_t slots, std::int64_t proteins, std::uintptr_t out,
-                      std::uintptr_t denominators, int heads, int d_value) {
-    py::gil_scoped_release unlocked;
-    const auto* partial = at<const float>(partials);
-    const auto* slot = at<const std::int64_t>(slots);
-    auto* result = at<float>(out);
-    auto* denominator = at<float>(denominators);
+// pooled = (sum over tiles of sum(e * value)) / (sum over tiles of sum(e)), tiles in order; denominators on the side. Where
+// `weights` (rows, heads) is not null, e of each row is left there.
+template <class T>
+void attend(const Packed& packed, const T* local, const float* query, const std::int64_t* starts, const std::int64_t* lengths,
+            std::int64_t proteins, float* pooled, float* denominators, float* weights, int threads) {
+    const PackedWeights& keys_values = packed.as(Kind::attention);
+    const int heads = packed.heads, d_value = packed.d_value;
+    const auto slots = slots_of(lengths, proteins);
+    Buffer<float> partials;
+    const Attention<T> a{local, query, partials.room(slots.back() * heads * (1 + d_value)), weights};
+    const auto tiles = tiles_of(starts, lengths, slots.data(), proteins);
+    PBF_CALL(packed.isa, , attention(keys_values, a, tiles, threads));
     for (std::int64_t p = 0; p < proteins; ++p)
         for (int h = 0; h < heads; ++h) {
-            float* o = result + (p * heads + h) * d_value;
+            float* o = pooled + (p * heads + h) * d_value;
             float total = 0;
             std::fill(o, o + d_value, 0.0f);
-            for (std::int64_t s = slot[p]; s < slot[p + 1]; ++s) {
-                const float* tile = partial + (s * heads + h) * (1 + d_value);
+            for (std::int64_t s = slots[p]; s < slots[p + 1]; ++s) {
+                const float* tile = a.partials + (s * heads + h) * (1 + d_value);
                 total += tile[0];
                 for (int c = 0; c < d_value; ++c) o[c] += tile[1 + c];
             }
-            denominator[p * heads + h] = total;
+            denominators[p * heads + h] = total;
             for (int c = 0; c < d_value; ++c) o[c] /= total;
         }
+}
+
+void attention(const Packed& packed, std::uintptr_t local, std::uintptr_t query, std::uintptr_t starts, std::uintptr_t lengths,
+               std::int64_t proteins, std::uintptr_t pooled, std::uintptr_t denominators, std::uintptr_t weights, int threads) {
+    by_dtype(packed.is_bf16, [&](auto zero) {
+        attend(packed, at<const decltype(zero)>(local), at<const float>(query), at<const std::int64_t>(starts),
+               at<const std::int64_t>(lengths), proteins, at<float>(pooled), at<float>(denominators), at<float>(weights), threads);
+    });
+}
+
+// What one block's kernels take; `next` is null in the last.
+struct PackedBlock {
+    const Packed &local, &keys_values, &global;
+    const Packed* next;
+};
+
+// All blocks, one after the other: local states from tokens to `local` by way of `other`, (rows, channels) both, the last block's
+// in `local`; global states (proteins, width) from `state` to `out`. In one call, because a short protein waits for each, and
+// between calls the caches forget the caller.
+void run_blocks(const std::vector<std::tuple<const Packed*, const Packed*, const Packed*, const Packed*>>& blocks,
+                std::uintptr_t tokens, std::uintptr_t segments, std::uintptr_t starts, std::uintptr_t lengths,
+                std::int64_t proteins, std::int64_t gap, std::int64_t rows, std::uintptr_t state, std::uintptr_t query,
+                std::uintptr_t broadcast, std::uintptr_t local, std::uintptr_t other, std::uintptr_t out, int threads) {
+    std::vector<PackedBlock> all;
+    for (const auto& [of_rows, keys_values, global, next] : blocks) {
+        if (!of_rows || !keys_values || !global || (all.size() + 1 < blocks.size()) != (next != nullptr))
+            throw std::invalid_argument("all blocks but the last have four packs of weights");
+        of_rows->as(Kind::local_block), keys_values->as(Kind::attention), global->as(Kind::global_block);
+        if (next) next->as(Kind::conditioning);
+        if (of_rows->takes_tokens != all.empty()) throw std::invalid_argument("the first block takes tokens, and no other");
+        all.push_back({*of_rows, *keys_values, *global, next});
+    }
+    if (all.empty()) return;
+    const Isa which = all[0].local.isa;
+    const int channels = all[0].local.channels, heads = all[0].keys_values.heads;
+    const std::int64_t keys = std::int64_t{heads} * all[0].keys_values.d_key, width = all[0].global.channels;
+    const bool is_bf16 = all[0].local.is_bf16;
+    const auto fits = [&](const Packed& p) { return p.isa == which && p.is_bf16 == is_bf16; };
+    for (const PackedBlock& b : all)
+        if (!fits(b.local) || !fits(b.keys_values) || !fits(b.global) || (b.next && !fits(*b.next)) ||
+            b.local.channels != channels || b.keys_values.channels != channels || b.keys_values.heads != heads ||
+            std::int64_t{heads} * b.keys_values.d_key != keys || std::int64_t{heads} * b.keys_values.d_value != width ||
+            b.global.channels != width || (b.next && (b.next->channels != width || b.next->heads != keys || b.next->d_value != channels)))
+            throw std::invalid_argument("these blocks' weights are packed for different states");
+    by_dtype(is_bf16, [&](auto zero) {
+        using T = decltype(zero);
+        const auto* start = at<const std::int64_t>(starts);
+        const auto* length = at<const std::int64_t>(lengths);
+        const Layout layout{start, length, proteins, gap, rows};
+        Buffer<float> query_buffer, broadcast_buffer, pooled_buffer, denominator_buffer;
+        Buffer<T> next_query_buffer, next_broadcast_buffer, rounded_buffer, hidden_buffer, state_buffers[2];
+        float* queries = query_buffer.room(proteins * keys);
+        float* broadcasts = broadcast_buffer.room(proteins * channels);
+        float* pooled = pooled_buffer.room(proteins * width);
+        float* denominators = denominator_buffer.room(proteins * heads);
+        T* next_query = next_query_buffer.room(proteins * keys);
+        T* next_broadcast = next_broadcast_buffer.room(proteins * channels);
+        T* rounded = rounded_buffer.room(proteins * width);
+        T* hidden = hidden_buffer.room(proteins * width);
+        const T *q = at<const T>(query), *b = at<const T>(broadcast), *s = at<const T>(state), *x = nullptr;
+        for (std::size_t i = 0; i < all.size(); ++i) {
+            const PackedBlock& block = all[i];
+            T* const to = (all.size() - i) % 2 ? at<T>(local) : at<T>(other);
+            T* const next_state = i + 1 == all.size() ? at<T>(out) : state_buffers[i % 2].room(proteins * width);
+            PBF_CALL(which, , converted(q, proteins * keys, queries));
+            PBF_CALL(which, , converted(b, proteins * channels, broadcasts));
+            const LocalBlock<T> rows_of{x,  x ? nullptr : at<const std::uint8_t>(tokens), broadcasts, at<const std::int32_t>(segments), nullptr, to, nullptr, nullptr};
+            clear_gaps(to, layout, channels);
+            PBF_CALL(which, , local_block(*block.local.weights, rows_of, layout, threads));
+            attend<T>(block.keys_values, to, queries, start, length, proteins, pooled, denominators, nullptr, threads);
+            PBF_CALL(which, , converted(pooled, proteins * width, rounded));
+            const GlobalBlock<T> global{s, rounded, hidden, next_state};
+            PBF_CALL(which, , global_block(*block.global.weights, global, static_cast<int>(proteins), threads));
+            if (block.next)
+                PBF_CALL(which, , conditioning(*block.next->weights, static_cast<const T*>(next_state), next_query, next_broadcast, static_cast<int>(proteins), threads));
+            x = to, s = next_state, q = next_query, b = next_broadcast;
+        }
+    });
 }
 
 // Gradients from those of the pooled values. The columns of `d_weights`, which are added to, are all heads' keys, then all
@@ -300,7 +389,7 @@ PYBIND11_MODULE(_cpu_kernels, m) {
     m.def("conditioning", &conditioning);
     m.def("local_block", &local_block);
     m.def("attention", &attention);
-    m.def("attention_finish", &attention_finish);
+    m.def("run_blocks", &run_blocks);
     m.attr("UNIT") = kUnit;
     m.attr("PARTS") = kParts;
     m.attr("SUMS") = static_cast<int>(kSums);

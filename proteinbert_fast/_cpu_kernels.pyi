@@ -85,14 +85,28 @@ def attention(
     query: int,
     starts: int,
     lengths: int,
-    slots: int,
     proteins: int,
-    partials: int,
+    pooled: int,
+    denominators: int,
     weights: int,
     threads: int,
 ) -> None: ...
-def attention_finish(
-    partials: int, slots: int, proteins: int, out: int, denominators: int, heads: int, d_value: int
+def run_blocks(
+    blocks: list[tuple[Packed, Packed, Packed, Packed | None]],
+    tokens: int,
+    segments: int,
+    starts: int,
+    lengths: int,
+    proteins: int,
+    gap: int,
+    rows: int,
+    state: int,
+    query: int,
+    broadcast: int,
+    local: int,
+    other: int,
+    out: int,
+    threads: int,
 ) -> None: ...
 def attention_backward(
     packed: Packed,

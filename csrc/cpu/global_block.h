@@ -1,5 +1,11 @@
 // The global track of a block, and the query and broadcast that the next block starts from: dense layers of a row per protein.
 
+// A multiple of 16 values in another type, or the same.
+template <class From, class To>
+void converted(const From* from, std::int64_t values, To* to) {
+    for (std::int64_t i = 0; i < values; i += kLanes) store(to + i, load(from + i));
+}
+
 // Rows [0, rows) of a product, shared out among threads by rows and, where those are few, by columns.
 template <class E>
 void shared_product(const Product<E>& p, const E* x, int rows, float* out, int threads) {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from proteinbert_fast.config import ProteinBertConfig
 from proteinbert_fast.errors import BackendError, InputError
-from proteinbert_fast.ops import cpu, losses, reference
+from proteinbert_fast.ops import cpu, cpu_blocks, losses, reference
 from proteinbert_fast.ops.reference import (
     Attended,
     Embedded,
@@ -55,6 +55,8 @@ class Operations:
             ``reference.annotation_loss_sum``.
         token_probabilities: the token head and a softmax in one, float32; None where it is two steps.
         go_probabilities: the GO head and a sigmoid in one, float32; None where it is two steps.
+        run_blocks: all blocks in one call, as ``cpu_blocks.run_blocks``, with the bits of the operations above; None
+            where there is no such call.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Operations:
     annotation_loss: Callable[[nn.Linear, Tensor, Tensor, Tensor, Tensor | None], Tensor]
     token_probabilities: Callable[[nn.Linear, Tensor], Tensor] | None = None
     go_probabilities: Callable[[nn.Linear, Tensor], Tensor] | None = None
+    run_blocks: Callable[..., tuple[Tensor, Tensor] | None] | None = None
 
 
 def _reference_local_block(
@@ -158,6 +161,7 @@ CPU = Operations(
     sigmoid=partial(cpu.in_groups, torch.sigmoid, size=1),
     token_loss=losses.token_loss,
     annotation_loss=losses.annotation_loss,
+    run_blocks=cpu_blocks.run_blocks,
 )
 
 

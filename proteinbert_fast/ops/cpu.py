@@ -191,15 +191,12 @@ def _local_block(
     broadcast = broadcast.float().contiguous()
     shape = batch.n_rows, states.shape[1]
     local = states.new_empty(shape)
-    hidden = states.new_empty(shape if keep_hidden else 0)
-    narrow, wide = (states.new_empty(shape if keep_convolutions else 0) for _ in range(2))
-    # Units of work end before the last gap: what they widen reaches into it.
-    first, last = batch.gap, max(batch.n_rows - batch.gap, batch.gap)
-    for state in (hidden, local):
-        state[:first] = 0
-        state[last:] = 0
+    nothing = states.new_empty(0)
+    hidden = states.new_empty(shape) if keep_hidden else nothing
+    narrow = states.new_empty(shape) if keep_convolutions else nothing
+    wide = states.new_empty(shape) if keep_convolutions else nothing
     _cpu_kernels.local_block(
-        _packed_local_block(weights, states, tokens is not None, wide_dilation, backward=False),
+        packed_local_block(weights, states, tokens is not None, wide_dilation, backward=False),
         _address(x), _address(tokens), broadcast.data_ptr(), batch.segments.data_ptr(),
         hidden.data_ptr() if keep_hidden else 0, local.data_ptr(),
         narrow.data_ptr() if keep_convolutions else 0, wide.data_ptr() if keep_convolutions else 0,
@@ -209,7 +206,7 @@ def _local_block(
     return hidden, local, narrow, wide
 
 
-def _packed_local_block(
+def packed_local_block(
     weights: LocalBlockWeights, states: Tensor, takes_tokens: bool, wide_dilation: int, backward: bool
 ) -> _cpu_kernels.Packed:
     """Weights as this CPU's kernels take them; ``states`` are those of each token where the block takes tokens."""
@@ -284,7 +281,7 @@ def _local_block_backward(
         d_tables = _floats(_cpu_kernels.PARTS, len(states) + 1, 2 * taps + 1, shape[1])
     sums = _floats(-(-batch.n_rows // _cpu_kernels.UNIT), _cpu_kernels.SUMS, shape[1])
     _cpu_kernels.local_block_backward(
-        _packed_local_block(weights, states, tokens is not None, wide_dilation, backward=True),
+        packed_local_block(weights, states, tokens is not None, wide_dilation, backward=True),
         _address(x), _address(tokens), broadcast_float.data_ptr(), batch.segments.data_ptr(),
         convolved[0].data_ptr(), convolved[1].data_ptr(),
         d_local.data_ptr(), _address(d_hidden), list(map(_address, results)),
@@ -438,7 +435,7 @@ class _GlobalAttention(torch.autograd.Function):
         wants_local, wants_query, wants_key, wants_value = ctx.needs_input_grad[2:]
         d_weight = _floats(channels, n_keys + n_values).zero_() if wants_key or wants_value else None
         _cpu_kernels.attention_backward(
-            _packed_attention(key_weight, value_weight, n_heads, local.dtype, backward=True),
+            packed_attention(key_weight, value_weight, n_heads, local.dtype, backward=True),
             local.data_ptr(), query_float.data_ptr(),
             batch.starts.data_ptr(), batch.lengths.data_ptr(), slots.data_ptr(), len(batch),
             denominators.data_ptr(), pooled.data_ptr(), d_pooled.data_ptr(),
@@ -457,7 +454,7 @@ class _GlobalAttention(torch.autograd.Function):
         )
 
 
-def _packed_attention(
+def packed_attention(
     key_weight: Tensor, value_weight: Tensor, n_heads: int, dtype: torch.dtype, backward: bool
 ) -> _cpu_kernels.Packed:
     """Weights as this CPU's kernels take them, for states of a dtype."""
@@ -494,22 +491,19 @@ def _pooled(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled values (B, H * V), denominators (B, H) and, or (0, H), numerators of weights (R, H), all float32."""
     local = local.contiguous()
-    dtype, n_proteins = local.dtype, len(batch)
-    d_value = len(value_weight) // n_heads
     query = query.float().contiguous()
-    slots = _slots(batch)
-    partials = _floats(int(slots[-1]), n_heads, 1 + d_value)
-    weights = _floats(batch.n_rows if return_weights else 0, n_heads).zero_()
-    _cpu_kernels.attention(
-        _packed_attention(key_weight, value_weight, n_heads, dtype, backward=False),
-        local.data_ptr(), query.data_ptr(), batch.starts.data_ptr(), batch.lengths.data_ptr(), slots.data_ptr(),
-        n_proteins, partials.data_ptr(), weights.data_ptr() if return_weights else 0, torch.get_num_threads(),
-    )  # fmt: skip
-    pooled = _floats(n_proteins, n_heads * d_value)
+    n_proteins = len(batch)
+    pooled = _floats(n_proteins, len(value_weight))
     denominators = _floats(n_proteins, n_heads)
-    _cpu_kernels.attention_finish(
-        partials.data_ptr(), slots.data_ptr(), n_proteins, pooled.data_ptr(), denominators.data_ptr(), n_heads, d_value
-    )
+    weights = _floats(batch.n_rows if return_weights else 0, n_heads)
+    if return_weights:
+        weights.zero_()
+    _cpu_kernels.attention(
+        packed_attention(key_weight, value_weight, n_heads, local.dtype, backward=False),
+        local.data_ptr(), query.data_ptr(), batch.starts.data_ptr(), batch.lengths.data_ptr(), n_proteins,
+        pooled.data_ptr(), denominators.data_ptr(), weights.data_ptr() if return_weights else 0,
+        torch.get_num_threads(),
+    )  # fmt: skip
     return pooled, denominators, weights
 
 
@@ -541,15 +535,19 @@ def _plain_global_block(global_state: Tensor, pooled: Tensor, *weights: Tensor) 
 
 
 def _global_block(global_state: Tensor, pooled: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = global_state.dtype
-    packed = prepared(_pack_global_block, *weights, key=(dtype, _cpu_kernels.instruction_set()))
-    global_state, pooled = global_state.contiguous(), pooled.to(dtype).contiguous()
+    packed = packed_global_block(weights, global_state.dtype)
+    global_state, pooled = global_state.contiguous(), pooled.to(global_state.dtype).contiguous()
     hidden, out = torch.empty_like(global_state), torch.empty_like(global_state)
     _cpu_kernels.global_block(
         packed, global_state.data_ptr(), pooled.data_ptr(), hidden.data_ptr(), out.data_ptr(),
         len(global_state), torch.get_num_threads(),
     )  # fmt: skip
     return hidden, out
+
+
+def packed_global_block(weights: Sequence[Tensor], dtype: torch.dtype) -> _cpu_kernels.Packed:
+    """Weights as this CPU's kernels take them, for states of a dtype."""
+    return prepared(_pack_global_block, *weights, key=(dtype, _cpu_kernels.instruction_set()))
 
 
 def _pack_global_block(*weights_and_key: Any) -> _cpu_kernels.Packed:
@@ -578,16 +576,24 @@ def _plain_message(global_state: Tensor, *weights: Tensor) -> Message:
 
 
 def _message(global_state: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-    packed = prepared(_pack_message, *weights, key=(global_state.dtype, _cpu_kernels.instruction_set()))
+    packed = packed_message(weights, global_state.dtype)
     global_state = global_state.contiguous()
-    query, broadcast = (
-        global_state.new_empty(len(global_state), len(weight)) for weight in (weights[0], weights[1])
-    )
+    query, broadcast = _empty_message(global_state, MessageWeights(*weights))
     _cpu_kernels.conditioning(
         packed, global_state.data_ptr(), query.data_ptr(), broadcast.data_ptr(),
         len(global_state), torch.get_num_threads(),
     )  # fmt: skip
     return query, broadcast
+
+
+def _empty_message(global_state: Tensor, weights: MessageWeights) -> Message:
+    widths = weights.query_weight.shape[0], weights.broadcast_weight.shape[0]
+    return Message(*(global_state.new_empty(len(global_state), width) for width in widths))
+
+
+def packed_message(weights: Sequence[Tensor], dtype: torch.dtype) -> _cpu_kernels.Packed:
+    """Weights as this CPU's kernels take them, for states of a dtype."""
+    return prepared(_pack_message, *weights, key=(dtype, _cpu_kernels.instruction_set()))
 
 
 def _pack_message(*weights_and_key: Any) -> _cpu_kernels.Packed:

@@ -46,23 +46,19 @@ _hooks: list[object] = []
 
 
 class _Source:
-    """A tensor that something was made of, as it was before.
+    """A tensor that something was made of.
 
     Attributes:
         tensor: a weak reference.
         storage: a weak reference too. It keeps the memory of no weight, but the storage's own address from being used
             again.
-        place: of the tensor in its storage, and its layout.
-        version: PyTorch's count of writes in place.
     """
 
-    __slots__ = ("place", "storage", "tensor", "version")
+    __slots__ = ("storage", "tensor")
 
     def __init__(self, tensor: Tensor, when_gone: Callable[[object], object]) -> None:
         self.tensor = weakref.ref(tensor, when_gone)
         self.storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        self.place = _place(tensor)
-        self.version = tensor._version
 
 
 class Prepared:
@@ -74,7 +70,9 @@ class Prepared:
 
     value: Any
 
-    __slots__ = ("__weakref__", "_event", "_is_stale", "_key", "_make", "_sources", "_stream", "value")
+    __slots__ = (
+        "__weakref__", "_event", "_is_stale", "_key", "_make", "_places", "_sources", "_stream", "_versions", "value",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -84,8 +82,9 @@ class Prepared:
         when_gone: Callable[[object], object],
     ) -> None:
         self._make, self._key = make, key
-        # Versions from before: a write by another thread meanwhile must not go unnoticed.
         self._sources = [_Source(tensor, when_gone) for tensor in sources]
+        # From before: a write by another thread meanwhile must not go unnoticed.
+        self._places, self._versions = _places(sources), _versions(sources)
         self._is_stale = False
         self.value = self._made(sources)
         self._note_stream()
@@ -99,23 +98,24 @@ class Prepared:
         self._stream = _stream_of(self.value)
         self._event = None if self._stream is None else self._stream.record_event()
 
+    def is_current(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether these are its sources, where they were, and none was written to since."""
+        return (
+            not self._is_stale
+            and all(source.tensor() is tensor for source, tensor in zip(self._sources, tensors, strict=True))
+            and _versions(tensors) == self._versions
+            and _places(tensors) == self._places
+        )
+
     def sources(self) -> tuple[Tensor, ...] | None:
         """What it was made of; None if any of that is gone or has moved."""
-        found = []
-        for source in self._sources:
-            tensor = source.tensor()
-            if tensor is None or _place(tensor) != source.place:
-                return None
-            found.append(tensor)
-        return tuple(found)
+        found = tuple(tensor for source in self._sources if (tensor := source.tensor()) is not None)
+        return found if len(found) == len(self._sources) and _places(found) == self._places else None
 
     def is_stale(self) -> bool:
         """Whether a source was, or may have been, written to since."""
-        return self._is_stale or any(
-            tensor is None or tensor._version != source.version
-            for source in self._sources
-            for tensor in (source.tensor(),)
-        )
+        sources = self.sources()
+        return self._is_stale or sources is None or _versions(sources) != self._versions
 
     def renew(self, sources: tuple[Tensor, ...]) -> None:
         """Makes it again, in place where it is a tensor.
@@ -126,22 +126,23 @@ class Prepared:
         Args:
             sources: as ``sources`` gives them.
         """
-        versions = [tensor._version for tensor in sources]
+        versions = _versions(sources)
         value = self._made(sources)
         if isinstance(value, Tensor):
             with torch.inference_mode(False), torch.no_grad():
                 self.value.copy_(value)
         else:  # others may be reading the old one, which lives as long as they do
             self.value = value
-        for source, version in zip(self._sources, versions, strict=True):
-            source.version = version
+        self._versions = versions
         self._is_stale = False
         self._note_stream()
 
     def wait(self) -> torch.cuda.Stream | None:
         """The current stream may read it, whichever stream made it; returns the current one if that is another."""
+        if self._event is None:
+            return None
         stream = _stream_of(self.value)
-        if stream is None or self._event is None or stream == self._stream:
+        if stream is None or stream == self._stream:
             return None
         stream.wait_event(self._event)
         return stream
@@ -177,12 +178,19 @@ def prepared(make: Callable[..., Made], *sources: Tensor, key: tuple[Hashable, .
         sources: weights.
         key: whatever else the result depends on.
     """
-    if not _thread.may_reuse or not all(map(_has_versions, sources)):
-        return make(*sources, *key)
-    is_capturing = _is_capturing(sources[0].device)
-    if is_capturing and _thread.recorded is None:
+    if not _thread.may_reuse:
         return make(*sources, *key)
     at = (make, key, *map(id, sources))
+    is_capturing = _is_capturing(sources[0].device)
+    if not is_capturing:
+        # The usual case first: a short protein on a CPU waits for it 24 times.
+        with _lock:
+            current = _kept.get(at)
+            if current is not None and current.is_current(sources):
+                same: Made = current.lend()
+                return same
+    if not all(map(_has_versions, sources)) or (is_capturing and _thread.recorded is None):
+        return make(*sources, *key)
     with _lock:
         found = _known.get(at)
         # Another tensor may have the address of one that is gone: then the weak reference is dead.
@@ -308,9 +316,15 @@ def _has_versions(tensor: Tensor) -> bool:
     )
 
 
-def _place(tensor: Tensor) -> tuple[object, ...]:
-    storage = tensor.untyped_storage()._cdata
-    return storage, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+def _versions(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
+    return tuple([tensor._version for tensor in tensors])
+
+
+def _places(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
+    """Storages, places in them, and layouts, a list for each: a short protein on a CPU waits for 140 tensors."""
+    storages = [storage._cdata for storage in map(Tensor.untyped_storage, tensors)]  # devices, too
+    places, shapes = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.size, tensors))
+    return storages, places, shapes, list(map(Tensor.stride, tensors)), [tensor.dtype for tensor in tensors]
 
 
 def _storage(tensor: Tensor) -> int | None:

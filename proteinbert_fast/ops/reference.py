@@ -76,6 +76,16 @@ class Message(NamedTuple):
     broadcast: Tensor  # (B, D): the word to every position
 
 
+class BlockWeights(NamedTuple):
+    """Parameters of one block, and what is fixed in it."""
+
+    local: LocalBlockWeights
+    track: GlobalTrackWeights
+    message: MessageWeights
+    wide_dilation: int
+    n_heads: int
+
+
 class LocalStates(NamedTuple):
     """What a local block computes."""
 

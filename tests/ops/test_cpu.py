@@ -435,17 +435,6 @@ def test_gradient_of_weights_over_many_rows():
     assert ((found.double() - exact).abs() / exact).max() < 3e-5
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx_bf16_emulated", "neon_bf16"])
-def instruction_set(request):
-    best = _cpu_kernels.instruction_set()
-    try:
-        _cpu_kernels.use_instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _cpu_kernels.use_instruction_set(best)
-
-
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 def test_every_instruction_set_equals_the_reference(instruction_set, dtype):
     assert _cpu_kernels.instruction_set() == instruction_set
@@ -521,7 +510,7 @@ def test_weights_packed_for_one_isa_run_with_it(instruction_set):
     block, batch, x, broadcast, _ = make(SIZES["published"], (70, 3))
     with torch.no_grad():
         before = cpu.local_block(x, broadcast, batch, block.local_weights(), 5)[1]
-        packed = cpu._packed_local_block(block.local_weights(), x, False, 5, backward=False)
+        packed = cpu.packed_local_block(block.local_weights(), x, False, 5, backward=False)
         _cpu_kernels.use_instruction_set("baseline")
         after = torch.zeros_like(x)
         _cpu_kernels.local_block(

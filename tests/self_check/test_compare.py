@@ -70,7 +70,9 @@ def test_judgments(measured, kind, says):
 
 
 def planted(monkeypatch, name, wrong):
-    monkeypatch.setattr(backends, "CPU", backends.Operations(**{**vars(backends.CPU), name: wrong}))
+    """The CPU back end with a wrong operation, its blocks run one by one so that the model calls it."""
+    operations = {**vars(backends.CPU), name: wrong, "run_blocks": None}
+    monkeypatch.setattr(backends, "CPU", backends.Operations(**operations))
 
 
 def test_other_numbers_in_a_second_run_are_seen(monkeypatch):
@@ -114,9 +116,7 @@ def test_every_bias_and_norm_shows(monkeypatch, unused):
 
 def test_gradients_of_the_cpu_back_end_pass(monkeypatch):
     assert gradient_difference(FLOAT32, "cpu", SHORT) < 1e-4
-    monkeypatch.setattr(
-        backends, "CPU", backends.Operations(**{**vars(backends.CPU), "message": lambda *a: _half(cpu_message(*a))})
-    )
+    planted(monkeypatch, "message", lambda *a: _half(cpu_message(*a)))
     assert gradient_difference(FLOAT32, "cpu", SHORT) > 0.01
 
 
@@ -137,5 +137,16 @@ def test_the_check_itself_sees_a_wrong_back_end(monkeypatch):
         track = right(local, global_state, *rest)
         return track._replace(global_state=track.global_state + 0.01)
 
-    monkeypatch.setattr(backends, "CPU", backends.Operations(**{**vars(backends.CPU), "global_track": wrong}))
+    planted(monkeypatch, "global_track", wrong)
+    assert difference(FLOAT32, "cpu", SHORT) > 0.005
+
+
+def test_blocks_run_at_once_are_checked(monkeypatch):
+    right = backends.CPU.run_blocks
+
+    def wrong(*arguments):
+        local, global_state = right(*arguments)
+        return local, global_state + 0.01
+
+    monkeypatch.setattr(backends, "CPU", backends.Operations(**{**vars(backends.CPU), "run_blocks": wrong}))
     assert difference(FLOAT32, "cpu", SHORT) > 0.005
