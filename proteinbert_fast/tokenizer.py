@@ -6,7 +6,6 @@ and PAD 25. One token per code point; whatever is not in the vocabulary is OTHER
 it marks the rows between packed proteins.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -19,6 +18,7 @@ from proteinbert_fast._tokenizer import END, GAP, OTHER, PAD, START, VOCABULARY
 from proteinbert_fast.config import VOCABULARY_SIZE
 from proteinbert_fast.errors import InputError
 from proteinbert_fast.packing import PackedBatch, check_gap
+from proteinbert_fast.processors import usable_processors
 
 __all__ = [
     "END",
@@ -65,7 +65,7 @@ class Tokenizer:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, got {threads}")
         self.gap = gap
-        self.threads = threads or _processors()
+        self.threads = threads or usable_processors()
 
     def __call__(
         self,
@@ -186,9 +186,3 @@ class Tokenizer:
             return PackedBatch._trusted(
                 torch.from_numpy(tokens), lengths, self.gap, own_ids if ids is None else ids, starts
             )
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from proteinbert_fast._version import __version__
 from proteinbert_fast.benchmark.cases import Case, Check, Probe, Ready, Work
 from proteinbert_fast.benchmark.settings import Settings
+from proteinbert_fast.processors import usable_processors
 
 TABLE = "the machine itself"
 
@@ -26,7 +27,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": "cpu",
         "cpu": cpu_name(),
-        "cores": cores(),
+        "cores": usable_processors(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -47,11 +48,6 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def checkout() -> Path | None:

@@ -78,10 +78,13 @@ def _machine() -> Iterator[tuple[str, str]]:
     from proteinbert_fast import _cpu_kernels
     from proteinbert_fast.embedding.api import cpu_abilities, has_fast_bfloat16
     from proteinbert_fast.ops.cpu import ISA_SWITCH
+    from proteinbert_fast.processors import cpu_limit, usable_processors
 
     cpu = cpu_abilities()
     yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
-    yield "CPU", f"{cpu.get('cpu_name') or platform.processor() or 'unknown'}, {os.cpu_count()} processors"
+    limit = cpu_limit()
+    limited = "" if limit is None else f", {limit:g} granted by control groups"
+    yield "CPU", f"{cpu.get('cpu_name') or platform.processor() or 'unknown'}, {os.cpu_count()} processors{limited}"
     bfloat16 = "in hardware" if has_fast_bfloat16() else "not in hardware"
     yield "CPU features", f"{torch.backends.cpu.get_cpu_capability()}, bfloat16 {bfloat16}"
     known, used = _cpu_kernels.instruction_sets(), _cpu_kernels.instruction_set()
@@ -89,7 +92,9 @@ def _machine() -> Iterator[tuple[str, str]]:
     failure = _cpu_kernels.amx_failure() if platform.machine() in {"x86_64", "AMD64"} else ""
     without = f"; not amx_bf16: {failure}" if failure else ""
     yield "instruction set", f"{used}{forced}, of {', '.join(known)}{without}"
-    yield "threads", f"{torch.get_num_threads()}"
+    threads, processors = torch.get_num_threads(), usable_processors()
+    more = f", more than the {processors} that can run at once: set OMP_NUM_THREADS={processors}"
+    yield "threads", f"{threads}{more if threads > processors else ''}"
     if not torch.cuda.is_available():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         yield "CUDA", f"no device (torch is built {built})"

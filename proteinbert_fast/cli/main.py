@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from proteinbert_fast._version import __version__
 from proteinbert_fast.errors import ProteinBertError
+from proteinbert_fast.processors import limit_threads
 
 PROGRAM = "proteinbert-fast"
 DEBUG = "PROTEINBERT_FAST_DEBUG"
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = next((argument for argument in arguments if not argument.startswith("-")), None)
+    limit_threads()
     try:
         with _console(), _terminable():
             args = _parser(name).parse_args(arguments)

@@ -36,6 +36,7 @@ from proteinbert_fast.ops.reference import (
 )
 from proteinbert_fast.ops.switches import is_enabled
 from proteinbert_fast.packing import PackedBatch
+from proteinbert_fast.processors import usable_processors
 
 # Of the numbers that kernels of one instruction set give: counted up with every change of any bit.
 KERNELS_VERSION = 2
@@ -43,6 +44,11 @@ ISA_SWITCH, AMX_SWITCH = "PROTEINBERT_FAST_ISA", "PROTEINBERT_FAST_AMX"
 PROTEIN_GROUP = 16
 ROW_GROUP = 2048
 DTYPES = (torch.float32, torch.bfloat16)
+
+
+def kernel_threads() -> int:
+    """Threads that kernels run on: as many as PyTorch's operations, but no more than can run at the same time."""
+    return min(torch.get_num_threads(), usable_processors())
 
 
 def unsupported(config: ProteinBertConfig, dtype: torch.dtype) -> str | None:
@@ -201,7 +207,7 @@ def _local_block(
         hidden.data_ptr() if keep_hidden else 0, local.data_ptr(),
         narrow.data_ptr() if keep_convolutions else 0, wide.data_ptr() if keep_convolutions else 0,
         batch.starts.data_ptr(), batch.lengths.data_ptr(), len(batch.lengths), batch.gap, batch.n_rows,
-        torch.get_num_threads(),
+        kernel_threads(),
     )  # fmt: skip
     return hidden, local, narrow, wide
 
@@ -232,7 +238,7 @@ def _pack(embedding: Tensor | None, *weights_and_key: Any) -> _cpu_kernels.Packe
     factors = _in_dtype(weights, dtype)
     return _cpu_kernels.pack_local_block(
         list(map(_address, factors)), _address(embedding), channels, taps, wide_dilation, backward,
-        dtype == torch.bfloat16, torch.get_num_threads(),
+        dtype == torch.bfloat16, kernel_threads(),
     )  # fmt: skip
 
 
@@ -287,7 +293,7 @@ def _local_block_backward(
         d_local.data_ptr(), _address(d_hidden), list(map(_address, results)),
         _address(d_x), _address(d_tables), sums.data_ptr(),
         batch.starts.data_ptr(), batch.lengths.data_ptr(), len(batch.lengths), batch.gap, batch.n_rows,
-        torch.get_num_threads(),
+        kernel_threads(),
     )  # fmt: skip
     d_broadcast = None
     if wants["broadcast"]:
@@ -344,7 +350,7 @@ def _weight_gradient(gradient: Tensor, x: Tensor, gap: int, taps: int = 1, dilat
     found = _floats(taps, x.shape[1], gradient.shape[1]).zero_()
     _cpu_kernels.weight_gradient(
         x.data_ptr(), gradient.data_ptr(), found.data_ptr(), gap, len(x) - gap,
-        x.shape[1], gradient.shape[1], taps, dilation, x.dtype == torch.bfloat16, torch.get_num_threads(),
+        x.shape[1], gradient.shape[1], taps, dilation, x.dtype == torch.bfloat16, kernel_threads(),
     )  # fmt: skip
     return found.permute(2, 1, 0)
 
@@ -358,7 +364,7 @@ def _sums(rows: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
     sums = _floats(len(starts), rows.shape[1])
     _cpu_kernels.protein_sums(
         rows.data_ptr(), starts.data_ptr(), lengths.data_ptr(), len(starts),
-        sums.data_ptr(), rows.shape[1], rows.dtype == torch.bfloat16, torch.get_num_threads(),
+        sums.data_ptr(), rows.shape[1], rows.dtype == torch.bfloat16, kernel_threads(),
     )  # fmt: skip
     return sums
 
@@ -439,7 +445,7 @@ class _GlobalAttention(torch.autograd.Function):
             local.data_ptr(), query_float.data_ptr(),
             batch.starts.data_ptr(), batch.lengths.data_ptr(), slots.data_ptr(), len(batch),
             denominators.data_ptr(), pooled.data_ptr(), d_pooled.data_ptr(),
-            d_local.data_ptr(), d_query.data_ptr(), _address(d_weight), torch.get_num_threads(),
+            d_local.data_ptr(), d_query.data_ptr(), _address(d_weight), kernel_threads(),
         )  # fmt: skip
         d_key = d_value = None
         if d_weight is not None:
@@ -469,7 +475,7 @@ def _pack_attention(
     return _cpu_kernels.pack_attention(
         key_weight.data_ptr(), value_weight.data_ptr(), key_weight.shape[1], n_heads,
         len(key_weight) // n_heads, len(value_weight) // n_heads,
-        backward, dtype == torch.bfloat16, torch.get_num_threads(),
+        backward, dtype == torch.bfloat16, kernel_threads(),
     )  # fmt: skip
 
 
@@ -502,7 +508,7 @@ def _pooled(
         packed_attention(key_weight, value_weight, n_heads, local.dtype, backward=False),
         local.data_ptr(), query.data_ptr(), batch.starts.data_ptr(), batch.lengths.data_ptr(), n_proteins,
         pooled.data_ptr(), denominators.data_ptr(), weights.data_ptr() if return_weights else 0,
-        torch.get_num_threads(),
+        kernel_threads(),
     )  # fmt: skip
     return pooled, denominators, weights
 
@@ -540,7 +546,7 @@ def _global_block(global_state: Tensor, pooled: Tensor, *weights: Tensor) -> tup
     hidden, out = torch.empty_like(global_state), torch.empty_like(global_state)
     _cpu_kernels.global_block(
         packed, global_state.data_ptr(), pooled.data_ptr(), hidden.data_ptr(), out.data_ptr(),
-        len(global_state), torch.get_num_threads(),
+        len(global_state), kernel_threads(),
     )  # fmt: skip
     return hidden, out
 
@@ -558,7 +564,7 @@ def _pack_global_block(*weights_and_key: Any) -> _cpu_kernels.Packed:
         for name, weight in zip(names, parameters, strict=True)
     ]
     return _cpu_kernels.pack_global_block(
-        list(map(_address, taken)), len(taken[0]), dtype == torch.bfloat16, torch.get_num_threads()
+        list(map(_address, taken)), len(taken[0]), dtype == torch.bfloat16, kernel_threads()
     )
 
 
@@ -581,7 +587,7 @@ def _message(global_state: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
     query, broadcast = _empty_message(global_state, MessageWeights(*weights))
     _cpu_kernels.conditioning(
         packed, global_state.data_ptr(), query.data_ptr(), broadcast.data_ptr(),
-        len(global_state), torch.get_num_threads(),
+        len(global_state), kernel_threads(),
     )  # fmt: skip
     return query, broadcast
 
@@ -602,7 +608,7 @@ def _pack_message(*weights_and_key: Any) -> _cpu_kernels.Packed:
     bias = broadcast_bias.float().contiguous()
     return _cpu_kernels.pack_conditioning(
         query_weight.data_ptr(), broadcast_weight.data_ptr(), bias.data_ptr(), query_weight.shape[1],
-        len(query_weight), len(broadcast_weight), dtype == torch.bfloat16, torch.get_num_threads(),
+        len(query_weight), len(broadcast_weight), dtype == torch.bfloat16, kernel_threads(),
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def run_blocks(
         packed, tokens.data_ptr(), batch.segments.data_ptr(), batch.starts.data_ptr(), batch.lengths.data_ptr(),
         len(batch), batch.gap, batch.n_rows,
         global_state.data_ptr(), heard.query.data_ptr(), heard.broadcast.data_ptr(),
-        rows.data_ptr(), other.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+        rows.data_ptr(), other.data_ptr(), out.data_ptr(), cpu.kernel_threads(),
     )  # fmt: skip
     return rows, out
 

@@ -3,6 +3,7 @@
 import pytest
 
 from proteinbert_fast import _cpu_kernels
+from proteinbert_fast.ops import cpu
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx_bf16_emulated", "neon_bf16"])
@@ -15,3 +16,9 @@ def instruction_set(request):
         pytest.skip(str(error))
     yield request.param
     _cpu_kernels.use_instruction_set(best)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_asked(monkeypatch):
+    """Kernels run on as many threads as a test asks for, more than there are processors among them."""
+    monkeypatch.setattr(cpu, "usable_processors", lambda: 1000)

@@ -44,6 +44,7 @@ from proteinbert_fast.data.corpus.sources import (
 from proteinbert_fast.data.fasta import check_choice
 from proteinbert_fast.data.gene_ontology import RELATIONS, GeneOntology, Relations
 from proteinbert_fast.errors import InputError
+from proteinbert_fast.processors import usable_processors
 
 logger = logging.getLogger("proteinbert_fast")
 
@@ -130,7 +131,7 @@ def build_corpus(
         ancestors,
         min_count,
         Rules(seed, duplicates, unmatched, ancestors, validation, test, bool(clusters)),
-        len(os.sched_getaffinity(0)) if workers is None else workers,
+        usable_processors() if workers is None else workers,
         sys.stderr.isatty() if progress is None else progress,
     )
     options.check(bool(validation_ids or test_ids))

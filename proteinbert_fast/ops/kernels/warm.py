@@ -5,7 +5,6 @@ launched: the model runs with kernels that only compile, so what is compiled is 
 GPU. For a process of its own: Triton is patched meanwhile.
 """
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from triton.runtime._async_compile import AsyncCompileMode
 
 from proteinbert_fast.config import ProteinBertConfig
 from proteinbert_fast.ops.kernels.launching import compiling_for
+from proteinbert_fast.processors import usable_processors
 
 # Of the proteins of the batch, with the two tokens at the ends: one is so long that its spans are added up in rounds.
 _LENGTHS = (17_000, 40)
@@ -50,7 +50,7 @@ def compile_for(
     Returns:
         How many kernels there are.
     """
-    executor = _Executor(threads or min(os.cpu_count() or 1, _MOST_THREADS), say)
+    executor = _Executor(threads or min(usable_processors(), _MOST_THREADS), say)
     with executor, _only_compiling(), AsyncCompileMode(executor):
         _run_model(device, config, dtype, parameters, gradients)
     return executor.submitted
