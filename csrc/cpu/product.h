@@ -156,10 +156,27 @@ void pack_rows(const T* rows, int n, std::int64_t stride, int columns, int width
     }
 }
 
+// The same for what such sums multiply gradients by: panels of PBF_ROWS inputs, the last narrower. Read from where they are, a
+// tile's few inputs of each row would be a cache line of their own.
+template <class T, class E>
+void pack_inputs(const T* rows, int n, int inputs, E* out) {
+    Step<E> row[kMaxChannels];
+    const int steps = (n + kPerStep<E> - 1) / kPerStep<E>;
+    for (int s = 0; s < steps; ++s) {
+        const int r = s * kPerStep<E>;
+        pack_rows(rows + std::int64_t{r} * inputs, std::min(n - r, kPerStep<E>), inputs, inputs, inputs, reinterpret_cast<E*>(row));
+        int first = 0;
+        for (; first + PBF_ROWS <= inputs; first += PBF_ROWS)
+            std::memcpy(out + (std::int64_t{first} * steps + s * PBF_ROWS) * kPerStep<E>, row + first, sizeof *row * PBF_ROWS);
+        if (const int rest = inputs - first)
+            std::memcpy(out + (std::int64_t{first} * steps + s * rest) * kPerStep<E>, row + first, sizeof *row * rest);
+    }
+}
+
 // `INPUTS` by kLanes * VECTORS columns: out[i][c] += the sum over rows r, in order, of x[r][i] * gradient[r][c]. The sum is
 // formed apart: added to one by one, a sum over a million rows would lose them.
 template <int INPUTS, int VECTORS, class E>
-void row_sum_tile(int rows, int inputs, const E* x, const E* gradient, float* out, int columns) {
+void row_sum_tile(int rows, const E* x, const E* gradient, float* out, int columns) {
     Floats total[INPUTS][VECTORS] = {};
     for (int r = 0; r < rows; r += kPerStep<E>) {
         for (int i = 0; i < INPUTS; ++i) {
@@ -168,7 +185,7 @@ void row_sum_tile(int rows, int inputs, const E* x, const E* gradient, float* ou
             for (int v = 0; v < VECTORS; ++v)
                 total[i][v] = multiply_add(total[i][v], step, gradient + kLanes * v * kPerStep<E>);
         }
-        x += inputs * kPerStep<E>;
+        x += INPUTS * kPerStep<E>;
         gradient += kLanes * VECTORS * kPerStep<E>;
     }
     for (int i = 0; i < INPUTS; ++i)
@@ -179,9 +196,9 @@ void row_sum_tile(int rows, int inputs, const E* x, const E* gradient, float* ou
 }
 
 template <int VECTORS, class E, int... INPUTS>
-void row_sum_tile_of(int height, std::integer_sequence<int, INPUTS...>, int rows, int inputs, const E* x,
-                     const E* gradient, float* out, int columns) {
-    using Tile = void (*)(int, int, const E*, const E*, float*, int);
+void row_sum_tile_of(int height, std::integer_sequence<int, INPUTS...>, int rows, const E* x, const E* gradient, float* out,
+                     int columns) {
+    using Tile = void (*)(int, const E*, const E*, float*, int);
     static constexpr Tile tiles[] = {row_sum_tile<INPUTS + 1, VECTORS, E>...};
-    tiles[height - 1](rows, inputs, x, gradient, out, columns);
+    tiles[height - 1](rows, x, gradient, out, columns);
 }

@@ -70,7 +70,7 @@ template <>
 inline Block<bf16> block_of<bf16, bf16>(const WeightGradient<bf16>& a, std::int64_t row, int n, int first, int columns,
                                         bf16* room) {
     const int reach = a.taps / 2 * a.dilation, rows = whole_depths(n);
-    const Block<bf16> block{{room + kBlock * columns, nullptr}, room, rows, first};
+    const Block<bf16> block{{room + kBlock * columns, nullptr}, room, rows, first, {}};
     for (int panel = 0; panel < columns; panel += kColumns) {
         const int width = std::min(kColumns, columns - panel), packed = (n + 1) / 2 * 2;
         bf16* to = room + std::int64_t{panel} * rows;

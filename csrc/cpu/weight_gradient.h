@@ -1,13 +1,19 @@
 // Gradients of matrices and convolutions: sums over all rows, block by block.
 
-// Rows as sums over them take them: `columns` values of gradients from the `first` on, packed in panels, and x from `reach`
-// rows before to `reach` after.
+// Rows as sums over them take them: `columns` values of gradients from the `first` on, and x from `reach` rows before to `reach`
+// after, packed in panels both.
 template <class E>
 struct Block {
     const E* x[2];  // from the first row and, for pairs where a tap is an odd number of rows away, from the second
     const E* gradient;
     int rows, first;
+    int steps[2];  // of the panels of x
 };
+
+template <class E>
+std::int64_t whole_steps(std::int64_t rows) {
+    return (rows + kPerStep<E> - 1) / kPerStep<E> * kPerStep<E>;
+}
 
 // How often x is packed: twice where pairs begin at odd rows too.
 template <class T, class E>
@@ -17,7 +23,7 @@ int copies_of_x(const WeightGradient<T>& a) {
 
 template <class T, class E>
 std::int64_t block_size(const WeightGradient<T>& a, int columns) {
-    const std::int64_t window = kBlock + 2 * std::int64_t{a.taps / 2} * a.dilation;
+    const std::int64_t window = whole_steps<E>(kBlock + 2 * std::int64_t{a.taps / 2} * a.dilation);
     return copies_of_x<T, E>(a) * window * a.inputs + kBlock * columns;
 }
 
@@ -26,16 +32,14 @@ template <class T, class E>
 Block<E> block_of(const WeightGradient<T>& a, std::int64_t row, int n, int first, int columns, E* room) {
     const int reach = a.taps / 2 * a.dilation, window = n + 2 * reach;
     const T* x = a.x + (row - reach) * a.inputs;
-    Block<E> block{{}, room, (n + kPerStep<E> - 1) / kPerStep<E> * kPerStep<E>, first};
+    Block<E> block{{}, room, static_cast<int>(whole_steps<E>(n)), first, {}};
     pack_rows(a.gradient + row * a.columns + first, n, a.columns, columns, kColumns, room);
     room += kBlock * columns;
-    if constexpr (kPerStep<E> == 1) {
-        block.x[0] = factors(x, std::int64_t{window} * a.inputs, room);
-    } else {
-        for (int i = 0; i < copies_of_x<T, E>(a); ++i, room += (kBlock + 2 * std::int64_t{reach}) * a.inputs) {
-            pack_rows(x + i * a.inputs, window - i, a.inputs, a.inputs, a.inputs, room);
-            block.x[i] = room;
-        }
+    for (int i = 0; i < copies_of_x<T, E>(a); ++i) {
+        pack_inputs(x + i * a.inputs, window - i, a.inputs, room);
+        block.x[i] = room;
+        block.steps[i] = static_cast<int>(whole_steps<E>(window - i) / kPerStep<E>);
+        room += whole_steps<E>(window - i) * a.inputs;
     }
     return block;
 }
@@ -48,19 +52,29 @@ int tiles_of_inputs(const WeightGradient<T>& a) {
 // Adds the sum over a block's rows to a.out, for one tap, one panel of columns, and tiles [begin, end) of inputs.
 template <class T, class E>
 void add_row_sums(const WeightGradient<T>& a, const Block<E>& block, int tap, int column, int begin, int end) {
-    const int away = tap * a.dilation, tiles = tiles_of_inputs(a);
-    const E* x = block.x[away % kPerStep<E>] + std::int64_t{away / kPerStep<E>} * kPerStep<E> * a.inputs;
+    const int away = tap * a.dilation, copy = away % kPerStep<E>, skipped = away / kPerStep<E>;
     const E* gradient = block.gradient + std::int64_t{column - block.first} * block.rows;
     float* out = a.out + std::int64_t{tap} * a.inputs * a.columns + column;
     for (int t = begin; t < end; ++t) {
-        const int first = t * a.inputs / tiles, height = (t + 1) * a.inputs / tiles - first;
-        const E* at = x + std::int64_t{first} * kPerStep<E>;
+        const int first = t * PBF_ROWS, height = std::min(PBF_ROWS, a.inputs - first);
+        const E* at = block.x[copy] + (std::int64_t{first} * block.steps[copy] + std::int64_t{skipped} * height) * kPerStep<E>;
         float* to = out + std::int64_t{first} * a.columns;
         constexpr auto heights = std::make_integer_sequence<int, PBF_ROWS>{};
         if (!kHasHalfPanels || a.columns - column >= kColumns)
-            row_sum_tile_of<PBF_VECTORS>(height, heights, block.rows, a.inputs, at, gradient, to, a.columns);
+            row_sum_tile_of<PBF_VECTORS>(height, heights, block.rows, at, gradient, to, a.columns);
         else if constexpr (kHasHalfPanels)
-            row_sum_tile_of<PBF_VECTORS / 2>(height, heights, block.rows, a.inputs, at, gradient, to, a.columns);
+            row_sum_tile_of<PBF_VECTORS / 2>(height, heights, block.rows, at, gradient, to, a.columns);
+    }
+}
+
+// Asks for the `part`-th of `parts` parts of what the block of rows [row, row + n) is packed of.
+template <class T>
+void prefetch_block(const WeightGradient<T>& a, std::int64_t row, int n, int first, int columns, int part, int parts) {
+    constexpr int line = 64 / sizeof(T);
+    const int reach = a.taps / 2 * a.dilation, begin = n * part / parts, end = n * (part + 1) / parts;
+    for (std::int64_t r = row + begin; r < row + end; ++r) {
+        for (int c = 0; c < a.inputs; c += line) __builtin_prefetch(a.x + (r + reach) * a.inputs + c, 0, 2);
+        for (int c = 0; c < columns; c += line) __builtin_prefetch(a.gradient + r * a.columns + first + c, 0, 2);
     }
 }
 
@@ -80,7 +94,10 @@ void weight_gradient(const WeightGradient<T>& a, std::int64_t first, std::int64_
         for (std::int64_t row = first; row < last; row += kBlock) {
             const auto rows = static_cast<int>(std::min(kBlock, last - row));
             const Block<Factor<T>> block = block_of(a, row, rows, column, columns, room);
+            const auto rows_next = static_cast<int>(std::clamp<std::int64_t>(last - row - kBlock, 0, kBlock));
             for (int i = begin; i < end; ++i) {
+                // Packing would wait for memory; these products do not read any.
+                prefetch_block(a, row + kBlock, rows_next, column, columns, i - begin, end - begin);
                 const int slab = i % slabs, tap = i / slabs % a.taps;
                 add_row_sums(a, block, tap, i / of_panel * kColumns, slab * tiles / slabs, (slab + 1) * tiles / slabs);
             }
