@@ -26,6 +26,7 @@ CHECK_SIZES = {"n_annotations": 65, "n_blocks": 2}
 # Odd lengths, and one residue.
 CHECK_LENGTHS = (1, 7, 131, 700, 40)
 TOLERANCES = {"float32": 2e-4, "bfloat16": 0.15}
+RATE_SECONDS = 0.2
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
@@ -75,21 +76,18 @@ def _versions() -> Iterator[tuple[str, str]]:
 def _machine() -> Iterator[tuple[str, str]]:
     import torch
 
-    from proteinbert_fast import _cpu_kernels
     from proteinbert_fast.embedding.api import cpu_abilities, has_fast_bfloat16
-    from proteinbert_fast.ops.cpu import ISA_SWITCH
+    from proteinbert_fast.ops.instruction_sets import describe_instruction_sets, measure_rates
 
     cpu = cpu_abilities()
     yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
     yield "CPU", f"{cpu.get('cpu_name') or platform.processor() or 'unknown'}, {os.cpu_count()} processors"
     bfloat16 = "in hardware" if has_fast_bfloat16() else "not in hardware"
     yield "CPU features", f"{torch.backends.cpu.get_cpu_capability()}, bfloat16 {bfloat16}"
-    known, used = _cpu_kernels.instruction_sets(), _cpu_kernels.instruction_set()
-    forced = f" ({ISA_SWITCH}={os.environ[ISA_SWITCH]})" if os.environ.get(ISA_SWITCH) else ""
-    failure = _cpu_kernels.amx_failure() if platform.machine() in {"x86_64", "AMD64"} else ""
-    without = f"; not amx_bf16: {failure}" if failure else ""
-    yield "instruction set", f"{used}{forced}, of {', '.join(known)}{without}"
+    yield "instruction set", describe_instruction_sets()
     yield "threads", f"{torch.get_num_threads()}"
+    for dtype, rates in measure_rates(RATE_SECONDS, torch.get_num_threads()).items():
+        yield f"peak, {dtype}", str(rates)
     if not torch.cuda.is_available():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         yield "CUDA", f"no device (torch is built {built})"
