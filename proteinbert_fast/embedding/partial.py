@@ -153,8 +153,9 @@ class PartialRun(Claim):
             done = run_of(self.output)
             difference = "it is no embeddings file of this version" if done is None else _difference(done, run)
             if done is not None and not difference:
-                same = manifest is None or manifest["run"].get("kernels") == done.get("kernels")
-                if same or done.get("kernels") == run.get("kernels"):
+                # Other kernels may have made what is there, and the manifest may be of a run that is to replace it.
+                made = manifest is None or manifest["run"].get("kernels") == done.get("kernels")
+                if made or done.get("kernels") == run.get("kernels"):
                     self._accept_kernels(done, run, allow_different_kernels)
                     self.run, self.begun = done, True
                     return True

@@ -480,7 +480,8 @@ class _Run:
         if is_complete or self.kernels is None:
             self.kernels = facts.get("kernels")
             return
-        if facts["backend"] != self._backend():  # of which a warning tells
+        backend = self._backend()
+        if facts.get("backend", backend) != backend:  # of which a warning tells
             self.kernels = joined([*filter(None, [facts.get("kernels")]), self.kernels])
             return
         before = facts.get("kernels") or UNKNOWN

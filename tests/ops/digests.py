@@ -2,7 +2,8 @@
 
     PROTEINBERT_FAST_ISA=avx2 python -m tests.ops.digests
 
-Weights and inputs are made of integers: PyTorch's own random numbers and functions may differ from CPU to CPU.
+Where a change of bits is meant, KERNELS_VERSION is counted up, and tests/data/instruction_sets.json made again from
+these. Weights and inputs are made of integers: PyTorch's own random numbers and functions may differ from CPU to CPU.
 """
 
 import hashlib
