@@ -51,7 +51,9 @@ struct Timed {
 template <class T>
 Rates rates_of(Isa which, double seconds, int threads) {
     using Clock = std::chrono::steady_clock;
-    constexpr double window = 2.5e-3;  // less than a slice of time that another process takes
+    // Much less than a slice of time that another process takes: windows as long as those fell into step with them, and all of one
+    // kind were spoiled.
+    constexpr double window = 5e-4;
     const int used = gomp_parallel() ? std::max(threads, 1) : 1;
     std::unique_ptr<Workload> made;
     Timed registers(used, [&] {
