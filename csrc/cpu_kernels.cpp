@@ -8,6 +8,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/instruction_sets.h"
+#include "cpu/peak_rates.h"
 
 namespace py = pybind11;
 
@@ -375,6 +376,19 @@ void protein_sums(std::uintptr_t rows, std::uintptr_t starts, std::uintptr_t len
     });
 }
 
+void gelu(std::uintptr_t x, std::uintptr_t out, std::int64_t n, bool is_bf16) {
+    by_dtype(is_bf16, [&](auto zero) {
+        using T = decltype(zero);
+        PBF_CALL(isa_in_use(), , gelu_of(at<const T>(x), at<T>(out), n));
+    });
+}
+
+std::pair<double, double> rates(bool is_bf16, double seconds, int threads) {
+    Rates found{};
+    by_dtype(is_bf16, [&](auto zero) { found = rates_of<decltype(zero)>(isa_in_use(), seconds, threads); });
+    return {found.registers, found.products};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu_kernels, m) {
@@ -385,6 +399,7 @@ PYBIND11_MODULE(_cpu_kernels, m) {
     m.def("pack_attention", &pack_attention);
     m.def("pack_global_block", &pack_global_block);
     m.def("pack_conditioning", &pack_conditioning);
+    m.def("gelu", &gelu);
     m.def("global_block", &global_block);
     m.def("conditioning", &conditioning);
     m.def("local_block", &local_block);
@@ -402,6 +417,8 @@ PYBIND11_MODULE(_cpu_kernels, m) {
         return std::vector<std::string>(kIsaNames, kIsaNames + static_cast<int>(best_isa().isa) + 1);
     }, "Those that this CPU has, the best last.");
     m.def("amx_failure", [] { return best_isa().amx_failure; }, "Why amx_bf16 is not in use, or an empty string.");
+    m.def("rates", &rates,
+          "FLOP/s that the set in use reaches in these seconds: multiply-adds in registers, and matrix products.");
     m.def("use_instruction_set", &use_instruction_set, "Uses a lesser one than the best, to test it or to compare.");
     m.def("shares_threads", [] { return gomp_parallel() != nullptr; },
           "Whether PyTorch's OpenMP threads were found; if not, these kernels run on one thread.");

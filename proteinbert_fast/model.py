@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from proteinbert_fast.config import LAYER_NORM_EPS, VOCABULARY_SIZE, ProteinBertConfig
 from proteinbert_fast.errors import InputError
-from proteinbert_fast.ops import backends, prepared, reference
+from proteinbert_fast.ops import backends, prepared
 from proteinbert_fast.ops.backends import Choice, Operations
 from proteinbert_fast.ops.reference import (
     BlockWeights,
@@ -53,11 +53,8 @@ class AnnotationInput(nn.Module):
     def forward(self, annotations: Annotations | None, n_proteins: int, operations: Operations) -> Tensor:
         """(B, G) from dense (B, N), sparse (indices, offsets), or no annotations."""
         if annotations is None:
-            if self.bias.device.type == "cpu" and not torch.compiler.is_compiling():
-                return prepared.prepared(reference.gelu, self.bias).repeat(n_proteins, 1)
-            return reference.embed_annotations(None, self.weight, self.bias, n_proteins)
-        summed = operations.sum_annotations(annotations, self.weight)
-        return operations.by_protein(lambda terms: reference.gelu(terms + self.bias), summed)
+            return operations.gelu(self.bias).expand(n_proteins, -1)
+        return operations.gelu(operations.sum_annotations(annotations, self.weight) + self.bias)
 
 
 class Block(nn.Module):

@@ -1,4 +1,16 @@
 // The global track of a block, and the query and broadcast that the next block starts from: dense layers of a row per protein.
+// What the first block's global states are, too.
+
+// GELU of `n` values one by one.
+template <class T>
+void gelu_of(const T* x, T* out, std::int64_t n) {
+    std::int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(out + i, gelu(load(x + i)));
+    T last[kLanes] = {};
+    std::copy(x + i, x + n, last);
+    store(last, gelu(load(last)));
+    std::copy_n(last, n - i, out + i);
+}
 
 // A multiple of 16 values in another type, or the same.
 template <class From, class To>

@@ -22,3 +22,4 @@
 #include "attention_backward.h"
 #include "global_block.h"
 #include "protein_sums.h"
+#include "peak.h"

@@ -179,6 +179,12 @@ struct PackedWeights {
     virtual ~PackedWeights() = default;
 };
 
+// Arithmetic to be timed.
+struct Workload {
+    virtual ~Workload() = default;
+    virtual double run() = 0;  // FLOP done
+};
+
 // A matrix product, or a convolution as one product per tap.
 template <class E>
 struct Product {

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from proteinbert_fast._version import __version__
 from proteinbert_fast.benchmark.cases import Case, Check, Probe, Ready, Work
 from proteinbert_fast.benchmark.settings import Settings
+from proteinbert_fast.ops.instruction_sets import describe_instruction_sets, kernels_in_use
 from proteinbert_fast.processors import usable_processors
 
 TABLE = "the machine itself"
@@ -31,6 +32,8 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": kernels_in_use(),
+        "instruction_set": describe_instruction_sets(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

@@ -12,6 +12,7 @@ from proteinbert_fast.benchmark.groups import memory
 from proteinbert_fast.benchmark.registry import Group
 from proteinbert_fast.benchmark.settings import Settings
 from proteinbert_fast.benchmark.timing import Row, best_probe, percentiles
+from proteinbert_fast.ops.instruction_sets import Rates
 
 JSON_NAME, MARKDOWN_NAME, PICTURE_NAME = "results.json", "results.md", "results.png"
 
@@ -57,6 +58,14 @@ class Report:
             ],
         }
 
+    def _instruction_set(self) -> list[str]:
+        """Lines on that of the CPU kernels: which it is, its peak, and what their products reach of it."""
+        of_dtype = [
+            f"{dtype} {Rates(rates['registers_flops'], rates['products_flops'])}"
+            for dtype, rates in self.environment["instruction_set_rates"].items()
+        ]
+        return [f"Instruction set: {self.environment['instruction_set']}. Its peak: {'; '.join(of_dtype)}.", ""]
+
     def _row(self, group: Group, row: Row) -> dict[str, Any]:
         case = row.case
         values: dict[str, Any] = {
@@ -98,6 +107,7 @@ class Report:
             f"{e['cpu_capability']}, {e['memory_bytes'] / 2**30:.0f} GiB; torch {e['torch']}, numpy {e['numpy']}, "
             f"Python {e['python']}. Took {self.seconds / 60:.1f} minutes.",
             "",
+            *self._instruction_set(),
             f"Input: {self.proteins['proteins']} proteins of {self.proteins['source']}, "
             f"{self.proteins['residues']:,} residues, {self.proteins['mean_length']:.0f} on average, "
             f"{self.proteins['shortest']:,} to {self.proteins['longest']:,}. Random weights.",

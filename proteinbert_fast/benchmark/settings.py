@@ -27,6 +27,7 @@ class Settings:
         matrix_sizes: of the square matrices whose products show the machine's matrix rate; a convolution of as many
             rows as the smallest does too.
         copied_bytes: of the array whose copying shows its copy rate; more than fits into caches.
+        rate_seconds: in which the peak of the instruction set is measured.
         is_quick: sizes are too small for numbers worth keeping; reports say so.
     """
 
@@ -43,6 +44,7 @@ class Settings:
     corpus_entries: int = 30_000
     matrix_sizes: tuple[int, ...] = (2048, 4096)
     copied_bytes: int = 1 << 27
+    rate_seconds: float = 2.0
     is_quick: bool = False
 
     def quick(self) -> "Settings":
@@ -58,6 +60,7 @@ class Settings:
             memory_lengths=(10_000, 34_350, 70_000),
             corpus_entries=3000,
             matrix_sizes=(2048,),
+            rate_seconds=0.5,
             is_quick=True,
         )
 

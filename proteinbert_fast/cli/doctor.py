@@ -26,6 +26,7 @@ CHECK_SIZES = {"n_annotations": 65, "n_blocks": 2}
 # Odd lengths, and one residue.
 CHECK_LENGTHS = (1, 7, 131, 700, 40)
 TOLERANCES = {"float32": 2e-4, "bfloat16": 0.15}
+RATE_SECONDS = 0.2
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
@@ -75,9 +76,8 @@ def _versions() -> Iterator[tuple[str, str]]:
 def _machine() -> Iterator[tuple[str, str]]:
     import torch
 
-    from proteinbert_fast import _cpu_kernels
     from proteinbert_fast.embedding.api import cpu_abilities, has_fast_bfloat16
-    from proteinbert_fast.ops.cpu import ISA_SWITCH
+    from proteinbert_fast.ops.instruction_sets import describe_instruction_sets, measure_rates
     from proteinbert_fast.processors import cpu_limit, usable_processors
 
     cpu = cpu_abilities()
@@ -87,14 +87,12 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "CPU", f"{cpu.get('cpu_name') or platform.processor() or 'unknown'}, {os.cpu_count()} processors{limited}"
     bfloat16 = "in hardware" if has_fast_bfloat16() else "not in hardware"
     yield "CPU features", f"{torch.backends.cpu.get_cpu_capability()}, bfloat16 {bfloat16}"
-    known, used = _cpu_kernels.instruction_sets(), _cpu_kernels.instruction_set()
-    forced = f" ({ISA_SWITCH}={os.environ[ISA_SWITCH]})" if os.environ.get(ISA_SWITCH) else ""
-    failure = _cpu_kernels.amx_failure() if platform.machine() in {"x86_64", "AMD64"} else ""
-    without = f"; not amx_bf16: {failure}" if failure else ""
-    yield "instruction set", f"{used}{forced}, of {', '.join(known)}{without}"
+    yield "instruction set", describe_instruction_sets()
     threads, processors = torch.get_num_threads(), usable_processors()
     more = f", more than the {processors} that can run at once: set OMP_NUM_THREADS={processors}"
     yield "threads", f"{threads}{more if threads > processors else ''}"
+    for dtype, rates in measure_rates(RATE_SECONDS, min(threads, processors)).items():
+        yield f"peak, {dtype}", str(rates)
     if not torch.cuda.is_available():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         yield "CUDA", f"no device (torch is built {built})"

@@ -102,6 +102,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     again = run.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with an interrupted run, or start")
     again.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+    run.add_argument(
+        "--allow-different-kernels",
+        action="store_true",
+        help="with --resume: continue also where CPU kernels of another instruction set or version have begun; bits "
+        "differ from there on, and OUT names all that took part",
+    )
     run.add_argument("--quiet", action="store_true", help="no progress and no summary; warnings stay")
     return parser
 
@@ -135,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
             duplicates=args.duplicates,
             resume=args.resume,
             overwrite=args.overwrite,
+            allow_different_kernels=args.allow_different_kernels,
             progress=False if args.quiet else None,
         )
     except CheckpointError as error:

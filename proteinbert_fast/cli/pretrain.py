@@ -35,6 +35,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True, help="folder of the run")
     parser.add_argument("--config", metavar="TOML", type=Path, help="options of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run in FOLDER, or start it")
+    parser.add_argument(
+        "--allow-different-kernels",
+        action="store_true",
+        help="continue also where CPU kernels of another instruction set or version have trained, and let ranks run "
+        "different ones; bits differ from there on, and checkpoints name all that took part",
+    )
     parser.add_argument("--device", help="cuda, cuda:1, cpu; default: the GPU if there is one")
     parser.add_argument(
         "--backend", choices=("auto", "cpu", "triton", "reference"), default="auto", help="default: auto"
@@ -87,6 +93,7 @@ def _train(args: argparse.Namespace, config: "PretrainingConfig", rank: int, sto
         device=args.device,
         backend=args.backend,
         resume=args.resume,
+        allow_different_kernels=args.allow_different_kernels,
         should_stop=lambda: stop.wanted,
         progress=not args.quiet and sys.stderr.isatty(),
     )

@@ -28,7 +28,7 @@ from proteinbert_fast.embedding.selection import Layers, Per, Pooling, Selection
 from proteinbert_fast.embedding.sources import FastaSource, Layout, MemorySource, Scan, open_source
 from proteinbert_fast.errors import InputError
 from proteinbert_fast.model import ProteinBert
-from proteinbert_fast.ops.cpu import kernels_in_use
+from proteinbert_fast.ops.instruction_sets import kernels_in_use
 from proteinbert_fast.weights import DEFAULT_MODEL
 
 logger = logging.getLogger("proteinbert_fast")
@@ -187,6 +187,7 @@ def embed(
     duplicates: Duplicates = ...,
     resume: bool = ...,
     overwrite: bool = ...,
+    allow_different_kernels: bool = ...,
     progress: bool | None = ...,
 ) -> EmbedSummary: ...
 def embed(
@@ -207,6 +208,7 @@ def embed(
     duplicates: Duplicates = "refuse",
     resume: bool = False,
     overwrite: bool = False,
+    allow_different_kernels: bool = False,
     progress: bool | None = None,
 ) -> Embeddings | EmbedSummary:
     """Embeds proteins, in memory or to an HDF5 file. What ``proteinbert-fast embed`` does, from Python.
@@ -239,6 +241,8 @@ def embed(
         resume: go on with an interrupted run to this output; without one, start. A complete output is left as
             it is.
         overwrite: replace the output, or an interrupted run to it.
+        allow_different_kernels: resume also where the CPU kernels of another instruction set or version have begun.
+            Bits differ from there on; the file's attribute `kernels` names all that took part.
         progress: show progress on stderr; None does when that is a terminal.
 
     Returns:
@@ -264,8 +268,10 @@ def embed(
         duplicates=duplicates,
         progress=sys.stderr.isatty() if progress is None else progress,
     )
-    if output is None and (resume or overwrite or layout != "flat"):
-        raise InputError("resume, overwrite and layout are for an output file, and none was given")
+    if output is None and (resume or overwrite or allow_different_kernels or layout != "flat"):
+        raise InputError(
+            "resume, overwrite, allow_different_kernels and layout are for an output file, and none was given"
+        )
     source = open_source(sequences, lowercase, duplicates, layout)
     source.check()
     if output is None:
@@ -280,7 +286,7 @@ def embed(
                     source.copy_pipes(partial.folder)
                 except OSError as error:
                     raise partial.unwritable(error) from error
-            return _to_file(source, model, options, partial)
+            return _to_file(source, model, options, partial, allow_different_kernels)
         except KeyboardInterrupt:
             if partial.begun:
                 partial.commit()
@@ -418,10 +424,14 @@ def _to_memory(source: FastaSource | MemorySource, model: Path | ProteinBert, op
 
 
 def _to_file(
-    source: FastaSource | MemorySource, model: Path | ProteinBert, options: _Options, partial: PartialRun
+    source: FastaSource | MemorySource,
+    model: Path | ProteinBert,
+    options: _Options,
+    partial: PartialRun,
+    allow_different_kernels: bool,
 ) -> EmbedSummary:
     job = _prepare(source, model, options)
-    complete = partial.begin(job.describe())
+    complete = partial.begin(job.describe(), allow_different_kernels)
     done = len(job.lengths) if complete else partial.records_done
     started = time.perf_counter()
     n_residues = int(job.lengths.sum())

@@ -14,6 +14,7 @@ the file).
 """
 
 import json
+import logging
 import os
 import time
 import zlib
@@ -31,6 +32,9 @@ import numpy.typing as npt
 from proteinbert_fast.data.claim import MANIFEST, Claim
 from proteinbert_fast.data.disk import flush_folder, remove, write_all
 from proteinbert_fast.errors import InputError
+from proteinbert_fast.ops.instruction_sets import MIXED, UNKNOWN, check_resumed
+
+logger = logging.getLogger("proteinbert_fast")
 
 Run = dict[str, Any]
 
@@ -41,7 +45,8 @@ SHARD_SECONDS = 60.0  # at most this much work is lost when a process is killed
 OPEN_SHARD = "shard-open.tmp"
 
 # Names of the same weights may differ between two runs: the weights themselves are compared.
-_NOT_COMPARED = {"model", "model_sha256"}
+# Kernels have a check of their own.
+_NOT_COMPARED = {"model", "model_sha256", "kernels"}
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class PartialRun(Claim):
         super().__init__(output, resume=resume, overwrite=overwrite)
         self.run: Run = {}
         self.begun = False
+        self._kernels: str | None = None  # of the complete shards, and those of this process
         self._state = _State((), None, True)
 
     def __enter__(self) -> Self:
@@ -127,8 +133,12 @@ class PartialRun(Claim):
     def _tidy(self, *prefixes: str) -> None:
         self._remove_leftovers(prefixes, {shard.file for shard in self.shards})
 
-    def begin(self, run: Run) -> bool:
+    def begin(self, run: Run, allow_different_kernels: bool = False) -> bool:
         """Starts the run, or goes on with it. Afterwards ``self.run`` describes it.
+
+        Args:
+            run: what is to be made.
+            allow_different_kernels: whether shards of other CPU kernels may be there.
 
         Returns:
             Whether the output is already complete.
@@ -143,17 +153,23 @@ class PartialRun(Claim):
             done = run_of(self.output)
             difference = "it is no embeddings file of this version" if done is None else _difference(done, run)
             if done is not None and not difference:
-                self.run, self.begun = done, True
-                return True
+                # Other kernels may have made what is there, and the manifest may be of a run that is to replace it.
+                made = manifest is None or manifest["run"].get("kernels") == done.get("kernels")
+                if made or done.get("kernels") == run.get("kernels"):
+                    self._accept_kernels(done, run, allow_different_kernels)
+                    self.run, self.begun = done, True
+                    return True
+                difference = f"kernels was {json.dumps(done.get('kernels'))}, now {json.dumps(run.get('kernels'))}"
             self._refuse_other_output(manifest, difference)
         if manifest is None:
-            self.run = run
+            self.run, self._kernels = run, run.get("kernels")
         else:
             if difference := _difference(manifest["run"], run):
                 raise InputError(f"{self.output}: cannot resume: {difference}; start anew with --overwrite")
             self.run, self._overwrite = manifest["run"], manifest["overwrite"]
             self._state = _State(tuple(Shard(**shard) for shard in manifest["shards"]), None, True)
             self._check_shards()
+            self._continue_kernels(run, allow_different_kernels)
         try:
             self.begun = True
             self._write_manifest()
@@ -161,6 +177,28 @@ class PartialRun(Claim):
         except OSError as error:
             raise self.unwritable(error) from error
         return False
+
+    def _accept_kernels(self, done: Run, run: Run, is_allowed: bool) -> None:
+        """The output is complete: its kernels are those that would run, or unknown, or allowed to be others."""
+        if "kernels" not in run:
+            return
+        if done.get("kernels") is None:
+            logger.warning("%s: is complete, and does not say which kernels computed it", self.output)
+        else:
+            check_resumed(done["kernels"], run["kernels"], self.output, is_allowed)
+
+    def _continue_kernels(self, run: Run, is_allowed: bool) -> None:
+        now = run.get("kernels")
+        if now is None:
+            return
+        self._kernels = now
+        if not self.shards:
+            self.run["kernels"] = now  # nothing of the others is there
+            return
+        before = self.run.get("kernels") or UNKNOWN
+        self._kernels = check_resumed(before, now, self.output, is_allowed)
+        if self._kernels != before:
+            logger.warning(MIXED, self.output, self._kernels)
 
     def _check_shards(self) -> None:
         for shard in self.shards:
@@ -236,6 +274,9 @@ class PartialRun(Claim):
             shard.discard()
         elif shard is not None:
             done = shard.complete(self.folder, f"shard-{len(shards):06d}.bin")
+            # Kernels take part from their first complete shard on.
+            if self._kernels is not None:
+                self.run["kernels"] = self._kernels
             self._state = _State((*shards, done), None, False)
             shard.close()
         if not self._state.manifest_is_current:

@@ -46,7 +46,7 @@ class Operations:
         global_track: as ``kernels.global_track``.
         residue_mean: means of (R, C) rows over each protein's residues.
         sum_annotations: as ``reference.sum_annotations``.
-        by_protein: calls a function on (B, ...) tensors, row by row independent.
+        gelu: as ``reference.gelu``, of the first global states.
         token_logits: the token head on (R, D).
         go_logits: the GO head on (B, G).
         sigmoid: of (B, N).
@@ -65,7 +65,7 @@ class Operations:
     global_track: Callable[..., GlobalTrack]
     residue_mean: Callable[[Tensor, PackedBatch], Tensor]
     sum_annotations: Callable[[Tensor | tuple[Tensor, Tensor], Tensor], Tensor]
-    by_protein: Callable[..., Tensor]
+    gelu: Callable[[Tensor], Tensor]
     token_logits: Callable[[nn.Linear, Tensor], Tensor]
     go_logits: Callable[[nn.Linear, Tensor], Tensor]
     sigmoid: Callable[[Tensor], Tensor]
@@ -140,7 +140,7 @@ REFERENCE = Operations(
     global_track=partial(_in_steps, _reference_attention, reference.global_block, reference.message),
     residue_mean=_residue_mean,
     sum_annotations=reference.sum_annotations,
-    by_protein=_whole,
+    gelu=reference.gelu,
     token_logits=_whole,
     go_logits=_whole,
     sigmoid=torch.sigmoid,
@@ -154,7 +154,7 @@ CPU = Operations(
     global_track=partial(_in_steps, cpu.global_attention, cpu.global_block, cpu.message),
     residue_mean=_residue_mean,
     sum_annotations=cpu.sum_annotations,
-    by_protein=cpu.in_groups,
+    gelu=cpu.gelu,
     token_logits=partial(cpu.in_groups, size=cpu.ROW_GROUP),
     go_logits=cpu.in_groups,
     # PyTorch computes the last few numbers of an array by another formula: one protein to an array.
@@ -181,7 +181,7 @@ def _triton() -> Operations:
                 global_track=kernels.global_track,
                 residue_mean=kernels.residue_mean,
                 sum_annotations=kernels.sum_annotations,
-                by_protein=_whole,
+                gelu=reference.gelu,
                 token_logits=partial(kernels.head, by_row=True),
                 go_logits=kernels.head,
                 sigmoid=torch.sigmoid,

@@ -9,7 +9,6 @@ where attention weights are asked for do attention's gradients come from the pla
 same bits with gradients and without.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, cast
@@ -21,8 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from proteinbert_fast import _cpu_kernels
 from proteinbert_fast.config import ProteinBertConfig
-from proteinbert_fast.errors import InputError
 from proteinbert_fast.ops import reference
+from proteinbert_fast.ops.instruction_sets import KERNELS_VERSION as KERNELS_VERSION
+from proteinbert_fast.ops.instruction_sets import force_instruction_set as force_instruction_set
+from proteinbert_fast.ops.instruction_sets import kernels_in_use as kernels_in_use
 from proteinbert_fast.ops.prepared import prepared
 from proteinbert_fast.ops.recompute import recomputed
 from proteinbert_fast.ops.reference import (
@@ -34,13 +35,9 @@ from proteinbert_fast.ops.reference import (
     Message,
     MessageWeights,
 )
-from proteinbert_fast.ops.switches import is_enabled
 from proteinbert_fast.packing import PackedBatch
 from proteinbert_fast.processors import usable_processors
 
-# Of the numbers that kernels of one instruction set give: counted up with every change of any bit.
-KERNELS_VERSION = 2
-ISA_SWITCH, AMX_SWITCH = "PROTEINBERT_FAST_ISA", "PROTEINBERT_FAST_AMX"
 PROTEIN_GROUP = 16
 ROW_GROUP = 2048
 DTYPES = (torch.float32, torch.bfloat16)
@@ -63,29 +60,6 @@ def unsupported(config: ProteinBertConfig, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"the dtype is {str(dtype).removeprefix('torch.')}, not float32 or bfloat16"
     return None
-
-
-def force_instruction_set(name: str | None) -> None:
-    """Makes kernels run with an instruction set that this CPU has, whichever is the best.
-
-    Args:
-        name: of the set, as the environment variable PROTEINBERT_FAST_ISA gives it; nothing is changed where it is
-            None or empty.
-
-    Raises:
-        InputError: this CPU, or this build, has no such set.
-    """
-    if not name:
-        return
-    known = _cpu_kernels.instruction_sets()
-    if name not in known:
-        raise InputError(f"{ISA_SWITCH} is {name!r} in the environment: this CPU has {', '.join(known)}")
-    _cpu_kernels.use_instruction_set(name)
-
-
-def kernels_in_use() -> str:
-    """What decides the bits of these kernels' results: the same on any CPU that has the instruction set."""
-    return f"{_cpu_kernels.instruction_set()}, version {KERNELS_VERSION}"
 
 
 def in_groups(function: Callable[..., Tensor], *rows: Tensor, size: int = PROTEIN_GROUP) -> Tensor:
@@ -528,6 +502,22 @@ def _global_attention(
     return pooled.to(local.dtype), weights
 
 
+def gelu(x: Tensor) -> Tensor:
+    """``reference.gelu``, in the dtype of ``x``: PyTorch leaves it to a library whose bits depend on the CPU."""
+    return recomputed(_gelu, _plain_gelu, x)[0] if x.dtype in DTYPES else reference.gelu(x)
+
+
+def _plain_gelu(x: Tensor) -> tuple[Tensor]:
+    return (reference.gelu(x),)
+
+
+def _gelu(x: Tensor) -> tuple[Tensor]:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _cpu_kernels.gelu(x.data_ptr(), out.data_ptr(), x.numel(), x.dtype == torch.bfloat16)
+    return (out,)
+
+
 def global_block(global_state: Tensor, pooled: Tensor, weights: GlobalBlockWeights) -> GlobalStates:
     """``reference.global_block``, in the dtype of ``global_state``: (B, G) in, hidden and new states (B, G) out."""
     if global_state.shape[1] % 16:
@@ -617,7 +607,3 @@ def sum_annotations(annotations: Tensor | tuple[Tensor, Tensor], weight: Tensor)
     if isinstance(annotations, Tensor):
         return in_groups(lambda dense: reference.sum_annotations(dense, weight), annotations)
     return reference.sum_annotations(annotations, weight)
-
-
-is_enabled(AMX_SWITCH)  # csrc/cpu/instruction_sets.h asks too; here, what is no answer is said in one line
-force_instruction_set(os.environ.get(ISA_SWITCH))

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from proteinbert_fast import _cpu_kernels
 from proteinbert_fast.checkpoints import GoTerm
 from proteinbert_fast.checkpoints.files import one_line, write_atomically
 from proteinbert_fast.data.corpus import Corpus
@@ -32,7 +33,7 @@ from proteinbert_fast.devices import checked_device
 from proteinbert_fast.errors import BackendError, CheckpointError, InputError
 from proteinbert_fast.model import ProteinBert
 from proteinbert_fast.ops.backends import Backend
-from proteinbert_fast.ops.cpu import kernels_in_use
+from proteinbert_fast.ops.instruction_sets import MIXED, UNKNOWN, check_ranks, check_resumed, joined, kernels_in_use
 from proteinbert_fast.pretraining.config import PretrainingConfig
 from proteinbert_fast.pretraining.objective import Objective, Task, divisors, make_task
 from proteinbert_fast.pretraining.optimizers import KerasAdam, Lamb, check_gradients, largest_gradients
@@ -88,6 +89,7 @@ def pretrain(
     device: torch.device | str | None = None,
     backend: Backend = "auto",
     resume: bool = False,
+    allow_different_kernels: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     progress: bool = False,
 ) -> Pretrained:
@@ -101,12 +103,14 @@ def pretrain(
         device: to train on; the GPU if there is one when None.
         backend: of the model, see ProteinBert.
         resume: go on from the newest checkpoint in the folder, or start if there is none.
+        allow_different_kernels: resume also where the CPU kernels of another instruction set or version have trained,
+            and let ranks run different ones. Bits differ from there on; checkpoints name all that took part.
         should_stop: asked after each step; when true, the run stops with a checkpoint.
         progress: show a line of progress on stderr.
 
     Raises:
         InputError: the corpus cannot be read or has too few proteins; the folder holds another run, or another process
-            is training there.
+            is training there; other kernels have trained it, or ranks run different ones, and that was not allowed.
         CheckpointError: a checkpoint is damaged or cannot be written.
         NonFiniteError: gradients hold NaN or infinity; names the parameters.
         BackendError: the device's memory does not suffice.
@@ -114,7 +118,10 @@ def pretrain(
     config = config or PretrainingConfig()
     with Corpus(corpus) as opened, _claimed(Path(folder)):
         try:
-            run = _Run(opened, Path(folder), config, tuple(hidden_ids), _device(device), backend, resume, progress)
+            run = _Run(
+                opened, Path(folder), config, tuple(hidden_ids), _device(device), backend, resume,
+                allow_different_kernels, progress,
+            )  # fmt: skip
             return run.run(should_stop)
         except torch.OutOfMemoryError as error:
             most = config.tokens_per_pass or config.tokens_per_batch
@@ -134,6 +141,7 @@ class _Run:
         device: torch.device,
         backend: Backend,
         resume: bool,
+        allow_different_kernels: bool,
         progress: bool,
     ) -> None:
         self.corpus, self.folder, self.config, self.device = corpus, folder, config, device
@@ -157,7 +165,9 @@ class _Run:
         self.best_folder: Path | None = None
         self.validation: dict[str, Any] = {}
         self.sums: dict[str, Any] = {}  # the meter's, of the steps since the last row of the log
-        self._start_or_resume(resume)
+        # Of all that took part; each rank knows those of all.
+        self.kernels = self._kernels_of_ranks(allow_different_kernels)
+        self._start_or_resume(resume, allow_different_kernels)
         self.objective: nn.Module = Objective(self.model)
         if self.n_ranks > 1:
             ids = [device.index] if device.type == "cuda" else None
@@ -367,7 +377,7 @@ class _Run:
             keep = {self.best["step"]} if self.config.keep_best else set()
             sweep(self.folder / CHECKPOINTS, self.config.keep_last, self.config.keep_every, keep)
 
-    def _start_or_resume(self, resume: bool) -> None:
+    def _start_or_resume(self, resume: bool, allow_different_kernels: bool) -> None:
         found = from_first(checkpoints(self.folder / CHECKPOINTS))
         there = from_first({name for name in (CONFIG_FILE, MODEL_FOLDER, BEST_FOLDER) if (self.folder / name).exists()})
         if found and not resume:
@@ -386,12 +396,12 @@ class _Run:
                 "or choose another folder"
             )
         if found:
-            self._load(found[-1][1])
+            self._load(found[-1][1], allow_different_kernels)
         if is_first():
-            facts = {"corpus": self.corpus.fingerprint, "config": self.config.to_dict()}
+            facts = {"corpus": self.corpus.fingerprint, "config": self.config.to_dict(), "kernels": self.kernels}
             write_atomically(self.folder / CONFIG_FILE, [(json.dumps(facts, indent=1) + "\n").encode()])
 
-    def _load(self, path: Path) -> None:
+    def _load(self, path: Path, allow_different_kernels: bool) -> None:
         state = load_state(path)
         facts = state.facts
         try:
@@ -406,6 +416,7 @@ class _Run:
                 raise InputError(f"{path}: is of another run: {difference}")
             if facts["hidden"] != _digest(self.hidden):
                 raise InputError(f"{path}: is of another run: other proteins had their GO terms hidden")
+            self._continue_kernels(path, facts, allow_different_kernels)
             self.step, self.cursor = step, Cursor.from_json(facts["cursor"])
             self.counts, self.best, self.validation = facts["counts"], facts["best"], facts["validation"]
             self.sums = facts["meter"]
@@ -418,7 +429,7 @@ class _Run:
             raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {error}") from error
         for name, now in self._machine().items():
             before = facts.get(name, now)
-            if before != now and is_first():
+            if before != now and name != "kernels" and is_first():
                 logger.warning("%s: %s was %s, is %s: sums may round otherwise", path, name, before, now)
 
     def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -441,12 +452,42 @@ class _Run:
     def _machine(self) -> dict[str, Any]:
         """What else than corpus and options may decide how sums round."""
         threads = torch.get_num_threads() if self.device.type == "cpu" else None
-        with self._autocast():
-            backend = self.model.backend_report().partition(" ")[0]
         return {
-            "ranks": self.n_ranks, "device": self.device.type, "threads": threads, "backend": backend,
-            "kernels": kernels_in_use() if backend == "cpu" else None, "torch": torch.__version__,
+            "ranks": self.n_ranks, "device": self.device.type, "threads": threads, "backend": self._backend(),
+            "kernels": self.kernels, "torch": torch.__version__,
         }  # fmt: skip
+
+    def _backend(self) -> str:
+        with self._autocast():
+            return self.model.backend_report().partition(" ")[0]
+
+    def _kernels_of_ranks(self, allow_different_kernels: bool) -> str | None:
+        """The record of what all ranks run; None where no rank runs the CPU kernels."""
+        backend = self._backend()
+        mine = kernels_in_use() if backend == "cpu" else backend
+        held: list[Any] = [(mine, _cpu_kernels.instruction_sets())]
+        if is_distributed():
+            held = [None] * self.n_ranks
+            dist.all_gather_object(held, (mine, _cpu_kernels.instruction_sets()))
+        records, sets = zip(*held, strict=True)
+        record = check_ranks(records, sets, str(self.folder), allow_different_kernels)
+        if len(set(records)) > 1 and is_first():
+            logger.warning("%s: ranks run different kernels (%s): bits differ", self.folder, record)
+        return None if record == backend else record
+
+    def _continue_kernels(self, path: Path, facts: dict[str, Any], allow_different_kernels: bool) -> None:
+        is_complete = facts["step"] >= self.config.steps  # so that nothing more is computed
+        if is_complete or self.kernels is None:
+            self.kernels = facts.get("kernels")
+            return
+        backend = self._backend()
+        if facts.get("backend", backend) != backend:  # of which a warning tells
+            self.kernels = joined([*filter(None, [facts.get("kernels")]), self.kernels])
+            return
+        before = facts.get("kernels") or UNKNOWN
+        self.kernels = check_resumed(before, self.kernels, str(path), allow_different_kernels)
+        if self.kernels != before and is_first():
+            logger.warning(MIXED, path, self.kernels)
 
     def _newest(self) -> tuple[int, Path]:
         return from_first(checkpoints(self.folder / CHECKPOINTS))[-1]

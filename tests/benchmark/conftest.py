@@ -18,6 +18,7 @@ TINY = Settings(
     corpus_entries=60,
     matrix_sizes=(64,),
     copied_bytes=10_000,
+    rate_seconds=0.05,
 )
 
 

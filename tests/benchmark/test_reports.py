@@ -19,6 +19,7 @@ from proteinbert_fast.benchmark.timing import Row
 from proteinbert_fast.cli import bench
 from proteinbert_fast.cli.main import main
 from proteinbert_fast.errors import InputError
+from proteinbert_fast.ops.instruction_sets import describe_instruction_sets, kernels_in_use
 
 from .conftest import TINY
 
@@ -45,6 +46,9 @@ def test_json_has_everything(tiny_report: Report, tmp_path: Path):
             p = row["seconds"]
             assert p["p20"] <= p["p50"] <= p["p80"]
             assert len(p["rounds"]) == (1 if row["group"] == "memory" else TINY.rounds)
+        assert row["kernels"] == kernels_in_use()
+    for rates in values["environment"]["instruction_set_rates"].values():
+        assert 0 < rates["products_flops"] < float("inf") > rates["registers_flops"] > 0
     ours = next(row for row in rows if row["group"] == "forward" and row["ours"])
     assert ours.keys() >= {"rate", "of_matrix_rate", "of_copy_rate"}
     assert "float" not in ours["check"]
@@ -60,6 +64,7 @@ def test_markdown_has_a_table_for_each_comparison(tiny_report: Report):
     for heading in ("Many proteins", "One protein", "Residues in memory", "Ours, per residue", "The machine itself"):
         assert f"### {heading}" in text
     assert "WRONG" not in text
+    assert f"\nInstruction set: {describe_instruction_sets()}. Its peak: float32 " in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| ours")}
     assert len(widths) <= 1
 

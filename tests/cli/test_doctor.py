@@ -1,5 +1,6 @@
 """``proteinbert-fast doctor``."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,9 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     known = ", ".join(_cpu_kernels.instruction_sets())
     kernels = f"{_cpu_kernels.instruction_set()}, of {known}" + (f"; not amx_bf16: {failure}" if failure else "")
     assert f"\n  instruction set       {kernels}\n" in out
+    for dtype in ("float32", "bfloat16") if "bf16" in _cpu_kernels.instruction_set() else ("float32",):
+        peak = rf"\n  peak, {dtype} +[\d,]+ GFLOP/s in registers, matrix products reach \d+% of it\n"
+        assert re.search(peak, out)
 
 
 def test_weights_that_ship(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

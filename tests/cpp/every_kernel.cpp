@@ -19,7 +19,10 @@ namespace pbf {
     template void set::global_block(const PackedWeights&, const GlobalBlock<T>&, int, int);                              \
     template void set::conditioning(const PackedWeights&, const T*, T*, T*, int, int);                                   \
     template void set::weight_gradient(const WeightGradient<T>&, std::int64_t, std::int64_t, int);                       \
-    template void set::protein_sums(const T*, const std::int64_t*, const std::int64_t*, std::int64_t, float*, int, int);
+    template void set::protein_sums(const T*, const std::int64_t*, const std::int64_t*, std::int64_t, float*, int, int); \
+    template void set::gelu_of(const T*, T*, std::int64_t);                                                              \
+    template std::unique_ptr<Workload> set::register_work<T>();                                                          \
+    template std::unique_ptr<Workload> set::product_work<T>();
 
 EVERY_KERNEL(PBF_SET, float)
 EVERY_KERNEL(PBF_SET, bf16)

@@ -3,7 +3,8 @@
     make cpu-gate                      with the compiler that builds the extension
     CXX=clang++-14 make cpu-gate       with another
 
-What the budgets guard, in the innermost loops of the matrix products and of Winograd's transforms: sums spilled to the
+What the budgets guard, in the innermost loops of the matrix products, of Winograd's transforms and of what the set's
+peak is measured with: sums spilled to the
 stack, vectors narrower than the set's registers, calls, as many multiply-adds per turn as the tile has sums, and how
 many instructions come on top. Everywhere: no instruction of a set in a function that other sets share, because the
 linker keeps one copy for all of them, and no instruction that the set does not have.
@@ -231,6 +232,7 @@ def measure(which: InstructionSet, loop: Sequence[Instruction], frame: str, fact
 
 
 TILE = re.compile(r"(?:.* )?pbf::(\w+)::(product_tile|row_sum_tile)<(\d+), (\d+), ([\w ]+)>\(")
+PEAK = re.compile(r"(?:.* )?pbf::(\w+)::multiply_adds<([\w ]+)>\(")
 TRANSFORMS = re.compile(r"(?:.* )?pbf::(\w+)::Convolution<([\w ]+)>::(?:transformed|operator\(\))\(")
 
 
@@ -244,6 +246,18 @@ def tiles_of(which: InstructionSet, functions: dict[str, list[Instruction]]) -> 
             loops = [measure(which, loop, frame, tile[5]) for loop in innermost_loops(code)]
             kernel.loops = [loop for loop in loops if loop.multiply_adds]
             found[tile[2], tile[5], int(tile[3]), int(tile[4])] = kernel
+    return found
+
+
+def peaks_of(which: InstructionSet, functions: dict[str, list[Instruction]]) -> dict[str, Kernel]:
+    """Loops of the measurement of the set's peak, by factor."""
+    found = {}
+    for name, code in functions.items():
+        if (peak := PEAK.match(name)) and peak[1] == which.name:
+            kernel = Kernel(f"multiply_adds<{peak[2]}>")
+            loops = [measure(which, loop, frame_registers(code), peak[2]) for loop in innermost_loops(code)]
+            kernel.loops = [loop for loop in loops if loop.multiply_adds]
+            found[peak[2]] = kernel
     return found
 
 
@@ -263,6 +277,8 @@ def transforms_of(which: InstructionSet, functions: dict[str, list[Instruction]]
 # whether Clang compiles it, which makes a loop for each number of rows; of rows in the narrow tile of a last panel.
 TRANSFORM_STACK = {False: 2, True: 16}
 NARROW_STACK = 2
+# In the loop of the set's peak, beside its arithmetic: GCC counts down and jumps, and Clang may copy a register.
+PEAK_OTHERS = 4
 # Those for vectors in a transform's loop: a constant, where SSE2's sixteen registers hold no more.
 TRANSFORM_VECTORS = {("x86_64", "baseline"): 1}
 
@@ -292,7 +308,26 @@ def faults(tools: Toolchain, which: InstructionSet, functions: dict[str, list[In
         for loop in kernel_of.loops:
             stack, vectors = TRANSFORM_STACK[tools.is_clang], TRANSFORM_VECTORS.get((tools.machine, which.name), 0)
             lines += _common(kernel_of.name, loop, stack, vectors)
-    return lines + leaks(which, functions)
+    sums = max((rows * vectors for kernel, _, rows, vectors in tiles if kernel == "product_tile"), default=0)
+    return lines + _peak_faults(which, functions, sums) + leaks(which, functions)
+
+
+def _peak_faults(which: InstructionSet, functions: dict[str, list[Instruction]], sums: int) -> list[str]:
+    """A peak that is measured too low would flatter the products."""
+    lines = []
+    peaks = peaks_of(which, functions)
+    lines += [f"multiply_adds of {factor} is missing" for factor in which.factors if factor not in peaks]
+    for peak in peaks.values():
+        if not peak.loops:
+            lines.append(f"{peak.name}: no loop with multiply-adds")
+        for loop in peak.loops:
+            if loop.multiply_adds % max(sums, 1):
+                lines.append(f"{peak.name}: {loop.multiply_adds} multiply-adds per turn, {sums} sums")
+            lines += _common(peak.name, loop, 0)
+            most = max(loop.arithmetic, loop.multiply_adds) + PEAK_OTHERS
+            if loop.instructions > most:
+                lines.append(f"{peak.name}: {loop.instructions} instructions per turn, {most} allowed")
+    return lines
 
 
 def _common(name: str, loop: Loop, stack: int, vectors: int = 0) -> list[str]:
@@ -320,7 +355,7 @@ def leaks(which: InstructionSet, functions: dict[str, list[Instruction]]) -> lis
 
 
 def table(which: InstructionSet, functions: dict[str, list[Instruction]]) -> list[str]:
-    """A line for each loop of the largest tiles and of the transforms."""
+    """A line for each loop of the largest tiles, of the transforms and of the peak."""
     tiles = tiles_of(which, functions)
     largest: dict[tuple[str, str], tuple[int, int]] = {}
     for kernel, factor, rows, vectors in tiles:
@@ -329,7 +364,7 @@ def table(which: InstructionSet, functions: dict[str, list[Instruction]]) -> lis
     return [
         f"{which.name:12s} {kernel.name:38s} {loop.instructions:12d} {loop.multiply_adds:13d} {loop.arithmetic:10d}"
         f" {loop.share:10.0%} {loop.stack:6d} {loop.calls:5d}"
-        for kernel in (*shown, *transforms_of(which, functions))
+        for kernel in (*shown, *transforms_of(which, functions), *peaks_of(which, functions).values())
         for loop in kernel.loops
     ]
 

@@ -445,6 +445,22 @@ def test_every_instruction_set_equals_the_reference(instruction_set, dtype):
     test_numbers_that_are_none_stay_in_their_protein(float("nan"), dtype)
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_gelu_equals_the_reference(instruction_set, dtype):
+    """Vectors of every width, with and without a rest; strided; the gradient is that of the plain operation."""
+    for n in (0, 1, 3, 8, 15, 16, 17, 96, 511):
+        x = torch.linspace(-9, 9, 2 * n).to(dtype)[::2].requires_grad_()
+        found, exact = cpu.gelu(x), reference.gelu(x.detach().double())
+        torch.testing.assert_close(found.double(), exact, atol=1e-7, rtol=2**-23 if dtype == torch.float32 else 2**-8)
+        with torch.no_grad():
+            assert torch.equal(cpu.gelu(x), found)
+        (gradient,) = torch.autograd.grad(found, x, torch.ones_like(x))
+        assert torch.equal(gradient, torch.autograd.grad(reference.gelu(x), x, torch.ones_like(x))[0])
+    strange = torch.tensor([float("inf"), -float("inf"), float("nan"), -0.0], dtype=dtype)
+    assert torch.equal(cpu.gelu(strange).isnan(), torch.tensor([False, True, True, False]))
+
+
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 def test_same_bits_in_every_tile(instruction_set, dtype):
     """Register tiles of every height, units of work that end in a protein, panels of both widths."""

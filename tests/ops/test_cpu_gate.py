@@ -175,10 +175,14 @@ def test_budgets():
             listing = listing.replace(old, new)
         return [line.removeprefix("product_tile<1, 2, float>: ") for line in faults(GCC, AVX2, functions_of(listing))]
 
-    elsewhere = ["row_sum_tile of float is missing", "Winograd's transforms: no loop with additions"]
+    elsewhere = [
+        "row_sum_tile of float is missing",
+        "Winograd's transforms: no loop with additions",
+        "multiply_adds of float is missing",
+    ]
     few = ("  35:\tadd    $0x1,%rax\n", ""), ("  31:\tadd    $0x40,%rdx\n", "")
     assert said(*few) == elsewhere
-    assert said() == [elsewhere[0], "6 instructions per turn, 4 allowed", elsewhere[1]]
+    assert said() == [elsewhere[0], "6 instructions per turn, 4 allowed", *elsewhere[1:]]
     spilled = said(*few, ("20(%rdx),%ymm2", "20(%rsp),%ymm2"))
     assert spilled[1:3] == ["1 accesses to the stack, 0 allowed", "1 vectors spilled to the stack, 0 allowed"]
     assert said(*few, ("(%rdx),%ymm2,%ymm0", "(%rdx),%xmm2,%xmm0"))[1] == "50% of full width"
@@ -206,7 +210,30 @@ def test_what_is_shipped_passes(tools):
     functions = functions_of(disassemble(tools, AVX2))
     assert faults(tools, AVX2, functions) == []
     assert tiles_of(AVX2, functions)["product_tile", "float", 6, 2].loops[0].multiply_adds == 12
-    assert len(table(AVX2, functions)) >= 6  # both products, two transforms for each dtype
+    assert len(table(AVX2, functions)) >= 7  # both products, two transforms for each dtype, the peak
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ([], []),
+        ([("vfmadd132ps %ymm0,%ymm1,%ymm13", "nop")], ["1 multiply-adds per turn, 2 sums"]),
+        ([("vfmadd132ps %ymm0,%ymm1,%ymm13", "vfmadd132ps 0x40(%rsp),%ymm1,%ymm13")], [
+            "1 accesses to the stack, 0 allowed", "1 vectors spilled to the stack, 0 allowed"]),
+        ([("vfmadd132ps %ymm0,%ymm1,%ymm13", "vfmadd132ps %xmm0,%xmm1,%xmm13")], ["50% of full width"]),
+        ([("  2a:", "  29:\tnop\n  2a:\tnop\n  2b:\tnop\n  2c:")], ["7 instructions per turn, 6 allowed"]),
+        ([("vfmadd132ps", "vmovaps")], ["no loop with multiply-adds"]),
+    ],
+)  # fmt: skip
+def test_budgets_of_the_peak(changes, says):
+    """Two sums, as the product tile beside it has."""
+    name = "double pbf::avx2::multiply_adds<float>(double, float*) [clone .constprop.0]"
+    peak = f"0100 <{name}>:\n  20:\tvfmadd132ps %ymm0,%ymm1,%ymm2\n  25:\tvfmadd132ps %ymm0,%ymm1,%ymm13\n"
+    peak += f"  2a:\tsub    $0x1,%rax\n  2e:\tjne    20 <{name}+0x20>\n"
+    for old, new in changes:
+        peak = peak.replace(old, new)
+    lines = faults(GCC, AVX2, functions_of(LISTING + "\n" + peak))
+    assert [line.removeprefix("multiply_adds<float>: ") for line in lines if "multiply_adds" in line] == says
 
 
 def planted(folder: Path, old: str, new: str) -> Path:
@@ -219,6 +246,8 @@ def planted(folder: Path, old: str, new: str) -> Path:
     # Intrinsics are of one width; the plain formulas beside them compile for every width.
     vectors = folder / "cpu" / "vector.h"
     vectors.write_text(vectors.read_text().replace("defined(__x86_64__)", "0"))
+    peak = folder / "cpu" / "peak.h"
+    peak.write_text(peak.read_text().replace('"+v"', '"+m"'))
     return folder
 
 
