@@ -55,9 +55,9 @@ def plan(size: str, rounds: int | None = None) -> Plan:
     base = Settings(rounds=n, batch_tokens=(2048, 4096), checked=3)
     long = replace(base, rounds=(n + 1) // 2, batch_tokens=(4096,))
     full = Plan(
-        forward=replace(base, proteins=24),
+        forward=replace(base, proteins=40),
         few=replace(base, rounds=min(n, 2), proteins=2, batch_tokens=(1,), compile=False, dtypes=("bfloat16",)),
-        train=replace(long, proteins=24),
+        train=replace(long, proteins=40),
         embed=replace(long, proteins=1000, fasta=str(EXAMPLES)),
     )
     if size == "full":

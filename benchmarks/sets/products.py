@@ -21,10 +21,10 @@ from benchmarks.sets.encodings import AMX, EVEX, SSE, VEX, in_words
 from benchmarks.sets.holding import InstructionSet
 from benchmarks.sets.watch import Channel
 from proteinbert_fast.benchmark import machine
-from proteinbert_fast.benchmark.cases import Case, Ready, Unavailable, Work
+from proteinbert_fast.benchmark.cases import Case, Check, Ready, Unavailable, Work
 from proteinbert_fast.benchmark.settings import Settings
 
-Product = Callable[[Tensor, Tensor], Tensor]
+Product = Callable[[Tensor, Tensor], Callable[[], Tensor]]  # two matrices to what multiplies them
 # The instruction sets in names of oneDNN's kernels, which the set with the longest prefix of these holds.
 _ONEDNN_SETS = {
     "sse41": SSE,
@@ -36,20 +36,34 @@ _ONEDNN_SETS = {
     "avx10": EVEX,
 }
 _LEAST_SAMPLES = 20
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-def mm(a: Tensor, b: Tensor) -> Tensor:
+def mm(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
     """By whatever PyTorch takes for a product of two matrices."""
-    return torch.mm(a, b)
+    out = torch.empty(len(a), b.shape[1], dtype=a.dtype)
+    return lambda: torch.mm(a, b, out=out)
 
 
-def linear(a: Tensor, b: Tensor) -> Tensor:
+def linear(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
     """By oneDNN."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return out
+    return _linear(a, b.t().contiguous())
 
 
-PRODUCTS: dict[str, Product] = {"torch.mm": mm, "oneDNN linear": linear}
+def packed_linear(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    """By oneDNN, the second matrix laid out as it likes it beforehand, as in compiled models."""
+    return _linear(a, torch.ops.mkldnn._reorder_linear_weight(b.t().contiguous(), len(a)))
+
+
+def _linear(a: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    return lambda: torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], "")
+
+
+PRODUCTS: dict[str, Product] = {
+    "torch.mm": mm,
+    "oneDNN linear": linear,
+    "oneDNN linear, packed weight": packed_linear,
+}
 
 
 def cases(
@@ -96,12 +110,14 @@ def _preparation(
 ) -> Callable[[], Ready[Tensor]]:
     def prepare() -> Ready[Tensor]:
         a, b = (torch.randn(n, n).to(getattr(torch, dtype)) for _ in range(2))
-
-        def run() -> Tensor:
-            with torch.inference_mode():
-                return product(a, b)
-
         try:
+            with torch.no_grad():
+                multiply = product(a, b)
+
+            def run() -> Tensor:
+                with torch.no_grad():
+                    return multiply()
+
             printed = _printed(run, channel)
         except (RuntimeError, AttributeError, NotImplementedError) as error:
             raise Unavailable(f"cannot run: {str(error).strip().splitlines()[0]}") from error
@@ -114,9 +130,18 @@ def _preparation(
         started = time.perf_counter()
         run()
         seconds = time.perf_counter() - started
-        return Ready(run, None, evidence[label], calls=max(1, min(16, int(0.1 / max(seconds, 1e-4)))))
+        return Ready(
+            run, lambda c: _check(a, b, c), evidence[label], calls=max(1, min(16, int(0.1 / max(seconds, 1e-4))))
+        )
 
     return prepare
+
+
+def _check(a: Tensor, b: Tensor, c: Tensor) -> Check:
+    """Of a few rows, in float64. bfloat16 rounds results to 8 bits."""
+    right = a[:8].double() @ b.double()
+    error, limit = float((c[:8].double() - right).norm() / right.norm()), _TOLERANCE[a.dtype]
+    return Check(error <= limit, f"within {error:.0e} of its length, allowed {limit:g}")
 
 
 def _printed(run: Callable[[], object], channel: Channel) -> list[str]:

@@ -149,17 +149,31 @@ def test_nothing_is_known_of_products_on_aarch64_with_wider_vectors():
     assert products.not_held(neon, "", Counter(), frozenset({"asimd"})) == ""
 
 
-def test_a_product_that_is_not_held_is_no_peak():
-    class Seen(Alone):
-        def watch(self, run: Any) -> tuple[Any, Counter[str], list[str]]:
-            return run(), Counter({EVEX: 50}), [MKL.format("OFF")]
+class FakeWatch(Alone):
+    """Sees AVX-512 in whatever runs."""
 
+    def watch(self, run: Any) -> tuple[Any, Counter[str], list[str]]:
+        return run(), Counter({EVEX: 50}), [MKL.format("OFF")]
+
+
+def test_a_product_that_is_not_held_is_no_peak():
     evidence: dict[str, str] = {}
     for name, status in (("avx2", "unavailable"), ("avx512", "measured")):
-        cases = products.cases(TINY, X86[name], Seen(), evidence, {"torch.mm": products.mm})
+        cases = products.cases(TINY, X86[name], FakeWatch(), evidence, {"torch.mm": products.mm})
         (row,) = timing.measure(cases, 1, lambda _: None)
         assert row.status == status
         assert evidence[row.case.label] == "MKL sgemm CNR:OFF; EVEX 50"
+
+
+@pytest.mark.parametrize("name", products.PRODUCTS)
+def test_products_are_checked(name: str):
+    product = products.PRODUCTS[name]
+    for tried, status in ((lambda a, b: product(a, b.t().contiguous()), "wrong"), (product, "measured")):
+        cases = products.cases(TINY, X86["avx512"], FakeWatch(), {}, {name: tried})
+        (row,) = timing.measure(cases, 1, lambda _: None)
+        if row.status == "unavailable" and "cannot run" in row.note:
+            pytest.skip(row.note)
+        assert row.status == status
 
 
 def test_compilers_are_held_to_all_sets_but_the_best():
