@@ -2,7 +2,7 @@
 
 That a variable asked a library to stay within an instruction set does not show that it does: MKL does not heed its own
 on every CPU, and does not say what it runs. The encoding of x86-64 instructions tells: AVX and AVX2 are VEX, AVX-512 is
-EVEX. The C library's copies and fills, which take the widest vectors whatever the others do, are told apart.
+EVEX. The C library's copies and functions, which take the widest vectors whatever the others do, are told apart.
 """
 
 import ctypes
@@ -98,7 +98,7 @@ def _is_in_c_library(process: int, address: int) -> bool:
     for line in Path(f"/proc/{process}/maps").read_text().splitlines():
         first, _, last = line.split(" ", 1)[0].partition("-")
         if int(first, 16) <= address < int(last, 16):
-            return line.rpartition("/")[2].startswith(("libc.so", "libc-"))
+            return line.rpartition("/")[2].startswith(("libc.so", "libc-", "libm.so", "libm-"))
     return False
 
 

@@ -58,7 +58,7 @@ def explained(row: Row, stages: Stages) -> Row:
         owner = f"{row.case.owner}: {stages.evidence[label]}"
         return replace(row, case=replace(row.case, owner=owner))
     if label in stages.seen:
-        note = "; ".join(part for part in (row.note, instructions(stages.seen[label])) if part)
+        note = "; ".join(part for part in (row.note, instructions(stages.seen[label], stages.held)) if part)
         return replace(row, note=note)
     return row
 

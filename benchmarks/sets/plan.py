@@ -115,7 +115,7 @@ class Stages:
         if not self.held.has_bfloat16:
             few = [case for case in forward.cases(Setup(self.sizes.few)) if case.table == forward.MANY]
             found += [replace(case, table=FEW) for case in few if case.probe is None]
-        found = [watched(case, self.channel, self.seen) for case in [*found, *self.others(self.setup)]]
+        found = [watched(case, self.channel, self.seen) for case in found] + list(self.others(self.setup))
         return found + products.cases(self.sizes.forward, self.held, self.channel, self.evidence, products.PRODUCTS)
 
     def _train(self) -> list[Case]:

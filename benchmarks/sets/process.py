@@ -16,7 +16,7 @@ from benchmarks.sets.encodings import NotSampled, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "benchmarks.sets.measure"
-MOST_SAMPLES = 100
+MOST_SAMPLES = 300
 _BETWEEN_SAMPLES, _MOST_LINES = 0.003, 2000
 
 

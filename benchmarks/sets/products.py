@@ -35,7 +35,8 @@ _ONEDNN_SETS = {
     "avx512": EVEX,
     "avx10": EVEX,
 }
-_LEAST_SAMPLES = 20
+_LEAST_SAMPLES = 20  # of vector instructions
+_WATCHED_SECONDS = 1.0
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -121,7 +122,7 @@ def _preparation(
             printed = _printed(run, channel)
         except (RuntimeError, AttributeError, NotImplementedError) as error:
             raise Unavailable(f"cannot run: {str(error).strip().splitlines()[0]}") from error
-        _, counts, _ = channel.watch(run)
+        _, counts, _ = channel.watch(run, _WATCHED_SECONDS)
         kernel = kernel_of(printed)
         failure = not_held(held, kernel, counts, cpu_features())
         evidence[label] = f"{kernel or 'kernel unknown'}; {in_words(counts) or 'instructions not sampled'}"

@@ -62,7 +62,7 @@ class SetsReport:
 
     def summary(self) -> dict[str, dict[str, str]]:
         """The columns of the summary, by set."""
-        return {name: lines(name, n, self.sets[name].has_bfloat16) for name, n in self.numbers.items()}
+        return {name: lines(n, self.sets[name].has_bfloat16) for name, n in self.numbers.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""

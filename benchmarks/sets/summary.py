@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.sets.keras_peer import NAME as KERAS
 from benchmarks.sets.plan import FEW, MODEL_ALONE
+from benchmarks.sets.watch import BEYOND
 from proteinbert_fast.benchmark import competitors, machine
 from proteinbert_fast.benchmark.groups import forward, train
 from proteinbert_fast.benchmark.report import percent, short, times
@@ -106,7 +107,7 @@ def _least(values: Any) -> float | None:
     return min((value for value in values if value is not None), default=None)
 
 
-def lines(name: str, n: Numbers, has_bfloat16: bool) -> dict[str, str]:
+def lines(n: Numbers, has_bfloat16: bool) -> dict[str, str]:
     """A set's column of the summary: what, and its number for people."""
     other = f"{competitors.OTHER_PACKAGE}, float32"
     found = {}
@@ -136,6 +137,8 @@ def lines(name: str, n: Numbers, has_bfloat16: bool) -> dict[str, str]:
         found[f"embed, of the model's own rate, {dtype}"] = percent(share) if share is not None else "not measured"
     found[other] = _other(n, competitors.OTHER_PACKAGE)
     found["original Keras model, float32"] = _other(n, KERAS)
+    beyond = [f"{r['table']} / {r['case']} / {r['dtype']}" for r in n.rows if BEYOND in r["note"]]
+    found["cases seen to leave the set"] = ", ".join(beyond) or "none"
     return found
 
 

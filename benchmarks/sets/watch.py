@@ -14,9 +14,11 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from benchmarks.sets.encodings import in_words
+from benchmarks.sets.holding import InstructionSet
 from proteinbert_fast.benchmark.cases import Case, Ready
 
 LEAST_SECONDS = 0.3
+BEYOND = "BEYOND"  # before the name of the set, where instructions were seen that it lacks
 Result = TypeVar("Result")
 
 
@@ -31,8 +33,14 @@ class Channel:
         """Tells where the results are."""
         self._send({"done": file})
 
-    def watch(self, run: Callable[[], Result]) -> tuple[Result, Counter[str], list[str]]:
+    def watch(
+        self, run: Callable[[], Result], seconds: float = LEAST_SECONDS
+    ) -> tuple[Result, Counter[str], list[str]]:
         """Runs something, again and again if it is short, while the parent takes samples.
+
+        Args:
+            run: does the work once.
+            seconds: for which it runs at least.
 
         Returns:
             The first result, how many samples there were of each encoding, and what libraries printed meanwhile.
@@ -40,7 +48,7 @@ class Channel:
         self._send({"watch": True})
         started = time.perf_counter()
         result = run()  # the first one is checked: a training step's weights move
-        while time.perf_counter() - started < LEAST_SECONDS:
+        while time.perf_counter() - started < seconds:
             run()
         # Libraries that print leave their lines in C's buffer, which is not Python's.
         ctypes.CDLL(None).fflush(None)
@@ -59,7 +67,9 @@ class Alone(Channel):
     def say(self, line: str) -> None:
         """Nobody listens."""
 
-    def watch(self, run: Callable[[], Result]) -> tuple[Result, Counter[str], list[str]]:
+    def watch(
+        self, run: Callable[[], Result], seconds: float = LEAST_SECONDS
+    ) -> tuple[Result, Counter[str], list[str]]:
         """Runs it once; there are no samples."""
         return run(), Counter(), []
 
@@ -88,6 +98,9 @@ def watched(case: Case, channel: Channel, seen: dict[str, Counter[str]]) -> Case
     return replace(case, prepare=prepare)
 
 
-def instructions(counts: Counter[str]) -> str:
-    """For a report: what was sampled."""
-    return f"instructions sampled: {in_words(counts)}" if counts else "instructions not sampled"
+def instructions(counts: Counter[str], held: InstructionSet) -> str:
+    """For a report: what was sampled, and whether it lies beyond the set."""
+    if not counts:
+        return "instructions not sampled"
+    beyond = ", ".join(f"{name} {counts[name]}" for name in counts if name in held.beyond)
+    return f"instructions sampled: {in_words(counts)}" + (f"; {BEYOND} {held.name}: {beyond}" if beyond else "")

@@ -19,7 +19,7 @@ from benchmarks.sets.keras_peer import KerasPeer
 from benchmarks.sets.plan import FEW, MODEL_ALONE
 from benchmarks.sets.process import Failed, Run
 from benchmarks.sets.summary import Numbers
-from benchmarks.sets.watch import Alone
+from benchmarks.sets.watch import BEYOND, Alone, instructions
 from proteinbert_fast.benchmark import machine, timing
 from proteinbert_fast.benchmark.cases import Unavailable
 from proteinbert_fast.benchmark.groups import forward, train
@@ -152,7 +152,7 @@ def test_nothing_is_known_of_products_on_aarch64_with_wider_vectors():
 class FakeWatch(Alone):
     """Sees AVX-512 in whatever runs."""
 
-    def watch(self, run: Any) -> tuple[Any, Counter[str], list[str]]:
+    def watch(self, run: Any, seconds: float = 0.0) -> tuple[Any, Counter[str], list[str]]:
         return run(), Counter({EVEX: 50}), [MKL.format("OFF")]
 
 
@@ -176,6 +176,16 @@ def test_products_are_checked(name: str):
         assert row.status == status
 
 
+def test_what_leaves_the_set_is_said():
+    within, beyond = (instructions(Counter({VEX: 9, name: 2}), X86["avx2"]) for name in (C_LIBRARY, EVEX))
+    assert BEYOND not in within
+    assert beyond == "instructions sampled: VEX 9, EVEX 2; BEYOND avx2: EVEX 2"
+    assert "not sampled" in instructions(Counter(), X86["avx2"])
+    rows = [row(forward.MANY, "ours", "float32", [1.0]) | {"note": note} for note in (within, beyond)]
+    lines = summary.lines(Numbers({"groups": [{"rows": rows}]}), False)
+    assert lines["cases seen to leave the set"] == f"{forward.MANY} / ours / float32"
+
+
 def test_compilers_are_held_to_all_sets_but_the_best():
     names = ("baseline", "avx2", "avx512")
     found = [holding.environment(X86[name], names) for name in names]
@@ -190,7 +200,7 @@ def row(
     middle = sorted(rounds)[len(rounds) // 2]
     return {
         "table": table, "case": name, "dtype": dtype, "status": "measured", "owner": "torch: oneDNN avx2; VEX 9",
-        "work": {"tokens": tokens, "residues": tokens}, "seconds": {"p50": middle, "rounds": rounds},
+        "note": "", "work": {"tokens": tokens, "residues": tokens}, "seconds": {"p50": middle, "rounds": rounds},
         "rate": {"p50": tokens / middle}, **{key: {"p50": value} for key, value in more.items()},
     }  # fmt: skip
 
