@@ -76,7 +76,7 @@ def inductor_vectors() -> str:
     """What torch.compile's code for CPUs takes as vectors."""
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    return str(pick_vec_isa()) or "none"
+    return str(vectors) if (vectors := pick_vec_isa()) else "none"
 
 
 def main() -> None:
