@@ -17,7 +17,7 @@ from benchmarks.sets.encodings import NotSampled, sample
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "benchmarks.sets.measure"
 MOST_SAMPLES = 300
-_BETWEEN_SAMPLES, _MOST_LINES = 0.003, 2000
+_BETWEEN_SAMPLES, _MOST_LINES, _CLEARING_SECONDS = 0.003, 2000, 60
 
 
 class Failed(Exception):
@@ -78,6 +78,8 @@ class Run:
                         if not data:
                             raise Failed(self._failure("ended"))
                         if done := self._take(data):
+                            with suppress(subprocess.TimeoutExpired):
+                                self.process.wait(_CLEARING_SECONDS)  # it removes its files
                             return done
                     elif self.is_watching:
                         self._sample()

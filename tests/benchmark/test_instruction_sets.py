@@ -53,10 +53,15 @@ def test_encodings(code: str, found: str):
     assert kind(bytes.fromhex(code) + b"\x90" * 12) == found
 
 
+LOOP = "for (int i = 0; i < 64; i++) x[i] = x[i] * 1.5f + 2.0f;"
+COPY = "memcpy(y, x, n);"
+
+
 def compiled(folder: Path, body: str, *flags: str) -> str:
-    """A program that loops over 64 floats for good."""
+    """A program that does something with 64 floats, again and again."""
     source = folder / "loop.c"
-    source.write_text(f'float x[64]; int main(void) {{ for (;;) {{ {body} __asm__ volatile("" ::: "memory"); }} }}\n')
+    variables = "#include <string.h>\nfloat x[64], y[64]; volatile size_t n = sizeof x;"
+    source.write_text(f'{variables} int main(void) {{ for (;;) {{ {body} __asm__ volatile("" ::: "memory"); }} }}\n')
     program = folder / f"loop{len(flags)}"
     try:
         subprocess.run(["cc", *flags, str(source), "-o", str(program)], check=True, capture_output=True)
@@ -67,15 +72,19 @@ def compiled(folder: Path, body: str, *flags: str) -> str:
 
 @pytest.mark.skipif(not IS_X86 or sys.platform != "linux", reason="x86-64 under Linux only")
 @pytest.mark.parametrize(
-    ("flags", "wanted", "others"),
-    [(("-O2",), SSE, (VEX, EVEX)), (("-O2", "-mavx"), VEX, (SSE, EVEX))],
+    ("body", "flags", "wanted", "others"),
+    [
+        (LOOP, ("-O2",), SSE, (VEX, EVEX, C_LIBRARY)),
+        (LOOP, ("-O2", "-mavx"), VEX, (SSE, EVEX, C_LIBRARY)),
+        (COPY, ("-O2",), C_LIBRARY, (VEX, EVEX)),
+    ],
 )
 def test_a_process_is_seen_to_execute_what_it_was_compiled_for(
-    tmp_path: Path, flags: tuple[str, ...], wanted: str, others: tuple[str, ...]
+    tmp_path: Path, body: str, flags: tuple[str, ...], wanted: str, others: tuple[str, ...]
 ):
     if "avx" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU has no AVX")
-    program = compiled(tmp_path, "for (int i = 0; i < 64; i++) x[i] = x[i] * 1.5f + 2.0f;", *flags)
+    program = compiled(tmp_path, body, *flags)
     process = subprocess.Popen([program])
     counts: Counter[str] = Counter()
     try:
