@@ -12,6 +12,7 @@
 #   make sanitize     on a GPU: bad memory accesses and races in the kernels, with NVIDIA's compute-sanitizer
 #   make pretrain-demo   a corpus of 2,000 real proteins, a small model trained on it, its curves: a few minutes
 #   make bench        speed and memory, beside others   (BENCH_ARGS="--quick" for a first look)
+#   make bench-sets   the model by instruction set of this CPU, next to others held to the same set
 #   make dev          the environment with every development tool
 #   make clean        remove the environment and whatever was built
 #
@@ -35,7 +36,7 @@ CONSTRAINTS ?= constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 SOURCES := setup.py pyproject.toml constraints.txt proteinbert_fast/_version.py $(wildcard csrc/* csrc/cpu/*)
 
-.PHONY: help embed test test-kernels test-kernel-tools test-oldest compile-gate cpu-gate cpp-test cpp-test-aarch64 gpu-first-dry-run sanitize lint types wheel-test pretrain-demo bench dev clean
+.PHONY: help embed test test-kernels test-kernel-tools test-oldest compile-gate cpu-gate cpp-test cpp-test-aarch64 gpu-first-dry-run sanitize lint types wheel-test pretrain-demo bench bench-sets dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -210,6 +211,9 @@ pretrain-demo: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/proteinbert-fast bench $(BENCH_ARGS)
+
+bench-sets: $(VENV)/.dev
+	$(BIN)/python benchmarks/instruction_sets.py $(BENCH_ARGS)
 
 dev: $(VENV)/.dev
 

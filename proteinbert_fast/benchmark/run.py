@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -35,15 +36,7 @@ def run(settings: Settings, groups: Sequence[str], say: Callable[[str], None]) -
         }
     }
     setup = Setup(settings)
-    lengths = [len(protein.sequence) for protein in setup.proteins]
-    proteins = {
-        "source": settings.fasta or "UniProtKB/Swiss-Prot (they come with the package)",
-        "proteins": len(lengths),
-        "residues": sum(lengths),
-        "mean_length": sum(lengths) / len(lengths),
-        "shortest": min(lengths),
-        "longest": max(lengths),
-    }
+    proteins = described(setup)
     found = []
     with torch.random.fork_rng(devices=[]):
         for name in groups:
@@ -51,3 +44,20 @@ def run(settings: Settings, groups: Sequence[str], say: Callable[[str], None]) -
             rows = group.measure(group.cases(setup), settings.rounds, lambda line, name=name: say(f"{name}: {line}"))  # type: ignore[misc]
             found.append((group, rows))
     return Report(settings, environment, proteins, found, time.perf_counter() - started)
+
+
+def described(setup: Setup) -> dict[str, Any]:
+    """The sample of proteins, for a report.
+
+    Raises:
+        InputError: the proteins cannot be used.
+    """
+    lengths = [len(protein.sequence) for protein in setup.proteins]
+    return {
+        "source": setup.settings.fasta or "UniProtKB/Swiss-Prot (they come with the package)",
+        "proteins": len(lengths),
+        "residues": sum(lengths),
+        "mean_length": sum(lengths) / len(lengths),
+        "shortest": min(lengths),
+        "longest": max(lengths),
+    }
