@@ -312,7 +312,7 @@ def loops_with_dots(disassembly: str) -> list[list[str]]:
 
 
 def test_isa_amx_inner_loops_are_tiles_alone():
-    """In each of the four: all products of loaded tiles; besides those, arithmetic of addresses in registers."""
+    """All products of loaded tiles in four, and of tiles that stay in the measured peak; else addresses' arithmetic."""
     if shutil.which("objdump") is None:
         pytest.skip("needs objdump")
     disassembly = subprocess.run(
@@ -320,7 +320,7 @@ def test_isa_amx_inner_loops_are_tiles_alone():
     ).stdout
     loops = loops_with_dots(disassembly)
     counts = sorted(tuple(sum(name in text for text in body) for name in ("tdpbf16ps", "tileloadd")) for body in loops)
-    assert counts == [(1, 2), (2, 3), (2, 3), (4, 4)]
+    assert counts == [(1, 2), (2, 3), (2, 3), (4, 0), (4, 4)]
     for body in loops:
         for text in body:
             if not text.startswith(("tdpbf16ps", "tileloadd")):
