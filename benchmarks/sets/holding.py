@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.sets.encodings import AMX, EVEX, VEX
 from proteinbert_fast import _cpu_kernels
-from proteinbert_fast.ops.cpu import ISA_SWITCH
+from proteinbert_fast.ops.instruction_sets import ISA_SWITCH
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,13 @@ def report(sizes: Plan, held: InstructionSet, channel: Channel, folder: Path, ke
     finally:
         if peer:
             peer.close()
-    return Report(sizes.forward, environment(held), described(stages.setup), found, time.perf_counter() - started)
+    return Report(
+        sizes.forward,
+        environment(held) | machine.instruction_set_rates(sizes.forward.rate_seconds),
+        described(stages.setup),
+        found,
+        time.perf_counter() - started,
+    )
 
 
 def explained(row: Row, stages: Stages) -> Row:

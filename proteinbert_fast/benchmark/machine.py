@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from proteinbert_fast._version import __version__
 from proteinbert_fast.benchmark.cases import Case, Check, Probe, Ready, Work
 from proteinbert_fast.benchmark.settings import Settings
-from proteinbert_fast.ops.instruction_sets import describe_instruction_sets, kernels_in_use
+from proteinbert_fast.ops.instruction_sets import describe_instruction_sets, kernels_in_use, measure_rates
 from proteinbert_fast.processors import usable_processors
 
 TABLE = "the machine itself"
@@ -51,6 +51,16 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def instruction_set_rates(seconds: float) -> dict[str, Any]:
+    """The peak of the instruction set in use and what products reach of it, FLOP/s, for ``environment``."""
+    rates = measure_rates(seconds, torch.get_num_threads())
+    return {
+        "instruction_set_rates": {
+            dtype: {"registers_flops": of.registers, "products_flops": of.products} for dtype, of in rates.items()
+        }
+    }
 
 
 def checkout() -> Path | None:

@@ -12,7 +12,6 @@ from proteinbert_fast.benchmark.report import Report
 from proteinbert_fast.benchmark.settings import Settings
 from proteinbert_fast.benchmark.setup import Setup
 from proteinbert_fast.errors import InputError
-from proteinbert_fast.ops.instruction_sets import measure_rates
 
 
 def run(settings: Settings, groups: Sequence[str], say: Callable[[str], None]) -> Report:
@@ -29,12 +28,7 @@ def run(settings: Settings, groups: Sequence[str], say: Callable[[str], None]) -
     if unknown := [name for name in groups if name not in GROUPS]:
         raise InputError(f"benchmark group {unknown[0]!r} is unknown; there are {', '.join(GROUPS)}")
     started = time.perf_counter()
-    rates = measure_rates(settings.rate_seconds, torch.get_num_threads())
-    environment = machine.environment() | {
-        "instruction_set_rates": {
-            dtype: {"registers_flops": of.registers, "products_flops": of.products} for dtype, of in rates.items()
-        }
-    }
+    environment = machine.environment() | machine.instruction_set_rates(settings.rate_seconds)
     setup = Setup(settings)
     proteins = described(setup)
     found = []
