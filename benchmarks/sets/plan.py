@@ -53,7 +53,7 @@ def plan(size: str, rounds: int | None = None) -> Plan:
     """
     n = rounds or {"full": 5, "quick": 1, "tiny": 2}[size]
     base = Settings(rounds=n, batch_tokens=(2048, 4096), checked=3)
-    long = replace(base, rounds=(n + 1) // 2, batch_tokens=(4096,))
+    long = replace(base, rounds=(n + 1) // 2, batch_tokens=(4096, 16_384))
     full = Plan(
         forward=replace(base, proteins=40),
         few=replace(base, rounds=min(n, 2), proteins=2, batch_tokens=(1,), compile=False, dtypes=("bfloat16",)),

@@ -16,6 +16,7 @@
 #include "tile_weight_gradient.h"
 #endif
 #include "convolution.h"
+#include "convolution_gradient.h"
 #include "local_block.h"
 #include "attention.h"
 #include "local_block_backward.h"

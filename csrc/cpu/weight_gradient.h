@@ -81,7 +81,7 @@ void prefetch_block(const WeightGradient<T>& a, std::int64_t row, int n, int fir
 // Rows [first, last). Threads share out columns, taps and, where those are few, inputs; each takes every block to its own
 // cache.
 template <class T>
-void weight_gradient(const WeightGradient<T>& a, std::int64_t first, std::int64_t last, int threads) {
+void direct_weight_gradient(const WeightGradient<T>& a, std::int64_t first, std::int64_t last, int threads) {
     const int panels = (a.columns + kColumns - 1) / kColumns, tiles = tiles_of_inputs(a);
     const int slabs = std::clamp((4 * threads + panels * a.taps - 1) / (panels * a.taps), 1, tiles);
     const int of_panel = a.taps * slabs, pieces = panels * of_panel, shares = std::min(pieces, 2 * threads);

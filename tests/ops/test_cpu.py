@@ -423,15 +423,20 @@ def test_gradient_of_weights(instruction_set, threads, rows, taps, dilation, dty
         threads(n)
         found.append(cpu._weight_gradient(gradient, x, gap, taps, dilation))
         assert found[-1].dtype == torch.float32
-        close(found[-1].double() / rows**0.5, exact / rows**0.5, 2e-6)
+        # Whole groups of three taps go by F(4, 3), whose rounding is more than twice as large: 7e-7 of the length.
+        close(found[-1].double() / rows**0.5, exact / rows**0.5, 2e-6 if taps % 3 else 1e-5)
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-def test_gradient_of_weights_over_many_rows():
+@pytest.mark.parametrize("taps", [1, 3])
+def test_gradient_of_weights_over_many_rows(taps):
     """Products of one sign, whose sum grows large beside each of them: blocks are summed apart."""
-    x = torch.full((300_000, 16), 0.1)
-    found = cpu._weight_gradient(x, x, 0)
-    exact = len(x) * x[0, 0].double() ** 2
+    gap = taps // 2
+    x = torch.full((300_000 + 2 * gap, 16), 0.1)
+    gradient = x.clone()
+    gradient[:gap] = gradient[len(x) - gap :] = 0
+    found = cpu._weight_gradient(gradient, x, gap, taps)
+    exact = 300_000 * x[0, 0].double() ** 2
     assert ((found.double() - exact).abs() / exact).max() < 3e-5
 
 
