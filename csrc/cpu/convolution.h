@@ -113,7 +113,7 @@ inline void outputs_of(const Runs& runs, int outputs, int dilation, std::vector<
 }
 
 // How many are transformed and multiplied at a time: their inputs stay in the second-level cache.
-constexpr int kAtOnce = 2 * PBF_ROWS > 16 ? 2 * PBF_ROWS : 4 * PBF_ROWS;
+constexpr int kAtOnce = 4 * PBF_ROWS;
 
 inline float rounded(double x, float) { return static_cast<float>(x); }
 inline bf16 rounded(double x, bf16) {
