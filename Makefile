@@ -137,7 +137,7 @@ test-oldest:
 compile-gate: $(TRITONS:%=compile-gate-%) $(HOPPER_TRITONS:%=hopper-gate-%)
 
 compile-gate-%: $(VENV)/triton-%
-	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate $(if $(filter $(lastword $(TRITONS)),$*),,--brief)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate $(if $(filter $(lastword $(TRITONS)),$*),,--brief 80 90 100)
 
 hopper-gate-%: $(VENV)/triton-%
 	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate --hopper
