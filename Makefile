@@ -81,15 +81,16 @@ $(VENV)/.base: $(VENV)/.build-tools $(SOURCES)
 	$(PIP_INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.build-tools $(SOURCES)
-	@echo "==> installing proteinbert_fast and what its tests need (the first time with PyTorch, which is large: minutes)"
-	$(PIP_INSTALL) --no-build-isolation --editable '.[test]'
-	@touch $(VENV)/.base $@
+# By name, which the editable package satisfies: it is compiled once.
+$(VENV)/.test: $(VENV)/.base
+	@echo "==> installing what the tests need"
+	$(PIP_INSTALL) --quiet 'proteinbert-fast[test]'
+	@touch $@
 
-$(VENV)/.dev: $(VENV)/.build-tools $(SOURCES)
-	@echo "==> installing proteinbert_fast and every development tool"
-	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
-	@touch $(VENV)/.base $(VENV)/.test $@
+$(VENV)/.dev: $(VENV)/.test
+	@echo "==> installing every development tool"
+	$(PIP_INSTALL) --quiet 'proteinbert-fast[dev]'
+	@touch $@
 
 embed: $(VENV)/.base
 	$(BIN)/proteinbert-fast embed $(FASTA) --output $(OUT) --overwrite --model $(MODEL)
