@@ -96,9 +96,11 @@ embed: $(VENV)/.base
 	$(BIN)/proteinbert-fast embed $(FASTA) --output $(OUT) --overwrite --model $(MODEL)
 
 # On all cores (at most 8: each process holds PyTorch), one thread each: threads of several processes would wait for
-# each other. What must not depend on threads asks for its own.
-IN_PARALLEL := OMP_NUM_THREADS=1 PYTEST_XDIST_AUTO_NUM_WORKERS=$(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
-ALL_CORES := --numprocesses auto --dist loadfile
+# each other. What must not depend on threads asks for its own, which sleep while they wait: spinning, they take the
+# core from those they wait for.
+ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+IN_PARALLEL := $(ONE_THREAD) PYTEST_XDIST_AUTO_NUM_WORKERS=$(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+ALL_CORES := --numprocesses auto --dist worksteal
 
 test: $(VENV)/.test
 	$(IN_PARALLEL) $(BIN)/python -m pytest $(ALL_CORES) $(PYTEST_ARGS)
@@ -108,8 +110,9 @@ test: $(VENV)/.test
 # model (emulator, gate, report, tuning) is a target of its own, for `make --jobs`.
 KERNEL_TOOLS := $(patsubst %,tests/ops/kernels/test_%.py,local_block_hopper local_block_backward_hopper compile_gate gpu_report gpu_first tuning)
 KERNELS_ALONE := $(patsubst %,tests/ops/kernels/test_%.py,operations gradients losses launching warm)
-RUN_KERNELS = OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -p no:cacheprovider
+RUN_KERNELS = $(IN_PARALLEL) TRITON_INTERPRET=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -p no:cacheprovider $(ALL_CORES)
 
+.PRECIOUS: $(VENV)/triton-%
 $(VENV)/triton-%: $(VENV)/.test
 	$(PIP_INSTALL) --quiet --no-deps --target $@ triton==$*
 
