@@ -218,11 +218,16 @@ bench: $(VENV)/.dev
 dev: $(VENV)/.dev
 
 # The tests run beside no package source: in the unpacked sdist without proteinbert_fast/ and csrc/, so that what is
-# imported can only be the installed wheel. That shows the sdist to be complete, too. Not the whole suite, which
-# `make test` runs: the same code is tested, and what is asked here is whether all of it is there.
-wheel-test: $(VENV)/.dev
+# imported can only be the installed wheel. That shows the sdist to be complete, too. A smoke part of the suite: `make test`
+# tests the same code, and what is asked here is whether all of it is there. The environment has the wheel alone, and finds
+# what it requires in $(VENV), where the same requirements were installed.
+SMOKE_TESTS := $(patsubst %,tests/%.py,test_package test_golden cli/test_main cli/test_doctor ops/test_isa ops/test_backends)
+SMOKE_KERNELS := tests/ops/kernels/test_model.py -k golden
+
+wheel-test: $(VENV)/.dev $(VENV)/triton-$(lastword $(TRITONS))
 	rm -rf dist
-	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m tests.wheel_contents dist/*.whl
 	@set -eu; \
 	temp=$$(mktemp -d); trap 'rm -rf "$$temp"' EXIT; \
 	mkdir "$$temp/tree"; \
@@ -230,10 +235,13 @@ wheel-test: $(VENV)/.dev
 	rm -r "$$temp/tree/proteinbert_fast" "$$temp/tree/csrc" "$$temp/tree/setup.py"; \
 	echo "==> installing $$(echo dist/*.whl) into a new environment"; \
 	$(PYTHON) -m venv "$$temp/venv"; \
-	"$$temp/venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(echo dist/*.whl)[test]"; \
+	"$$temp/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps dist/*.whl; \
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo "$$temp"/venv/lib/python3*/site-packages)/requirements.pth"; \
+	triton=$(abspath $(VENV))/triton-$(lastword $(TRITONS)); \
 	cd "$$temp/tree"; \
-	"$$temp/venv/bin/python" -c 'import proteinbert_fast; print("==> testing", proteinbert_fast.__file__)'; \
-	$(IN_PARALLEL) "$$temp/venv/bin/python" -m pytest $(ALL_CORES) -m "not slow" tests/test_*.py tests/cli tests/ops $(PYTEST_ARGS)
+	"$$temp/venv/bin/python" -c 'import sys, proteinbert_fast as p; assert p.__file__.startswith(sys.prefix), p.__file__; print("==> testing", p.__file__)'; \
+	$(IN_PARALLEL) "$$temp/venv/bin/python" -m pytest $(ALL_CORES) -m "not slow" $(SMOKE_TESTS) $(PYTEST_ARGS); \
+	$(ONE_THREAD) TRITON_INTERPRET=1 PYTHONPATH="$$triton" "$$temp/venv/bin/python" -m pytest $(SMOKE_KERNELS) $(PYTEST_ARGS)
 
 clean:
 	rm -rf .venv .venv-oldest .triton-cache pretrain-demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks embeddings.h5*
