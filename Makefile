@@ -4,6 +4,7 @@
 #   make test         run the test suite                (PYTEST_ARGS="-k golden" for a part)
 #   make lint types   ruff; mypy
 #   make test-kernels compile-gate   the GPU kernels in Triton's interpreter; compiled for GPUs that are not here
+#   make test-long    what is too long for the whole check: minutes
 #   make test-oldest  ops, kernels, model and pretraining under the oldest PyTorch that is supported: downloads gigabytes
 #   make cpu-gate     the CPU kernels compiled for every instruction set, their loops held to budgets
 #   make cpp-test cpp-test-aarch64   the CPU kernels without Python; those for AArch64 in QEMU
@@ -35,7 +36,7 @@ CONSTRAINTS ?= constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 SOURCES := setup.py pyproject.toml constraints.txt proteinbert_fast/_version.py $(wildcard csrc/* csrc/cpu/*)
 
-.PHONY: help embed test test-kernels test-kernel-tools test-oldest compile-gate cpu-gate cpp-test cpp-test-aarch64 gpu-first-dry-run sanitize lint types wheel-test pretrain-demo bench dev clean
+.PHONY: help embed test test-long test-marked-long test-kernels test-kernel-tools test-oldest compile-gate cpu-gate cpp-test cpp-test-aarch64 gpu-first-dry-run sanitize lint types wheel-test pretrain-demo bench dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -105,6 +106,12 @@ ALL_CORES := --numprocesses auto --dist worksteal
 test: $(VENV)/.test
 	$(IN_PARALLEL) $(BIN)/python -m pytest $(ALL_CORES) $(PYTEST_ARGS)
 
+# What takes too long for every change; CONTRIBUTING.md lists it. With Triton, so that no test marked long is left out.
+test-long: test-marked-long $(patsubst %,compile-gate-long-%,$(filter-out $(lastword $(TRITONS)),$(TRITONS)))
+
+test-marked-long: $(VENV)/triton-$(lastword $(TRITONS))
+	$(RUN_KERNELS) --long only --durations 0 $(PYTEST_ARGS)
+
 # Without a GPU, in Triton's interpreter, with the newest Triton and the oldest supported, each in a folder of its own.
 # The last of them goes through everything, the others through all kernels on fewer inputs. What is more than kernels and
 # model (emulator, gate, report, tuning) is a target of its own, for `make --jobs`.
@@ -141,7 +148,10 @@ test-oldest:
 compile-gate: $(TRITONS:%=compile-gate-%) $(HOPPER_TRITONS:%=hopper-gate-%)
 
 compile-gate-%: $(VENV)/triton-%
-	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate $(if $(filter $(lastword $(TRITONS)),$*),,--brief 80 90 100)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate $(if $(filter $(lastword $(TRITONS)),$*),,--brief 90)
+
+compile-gate-long-%: $(VENV)/triton-%
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate --brief 80 100
 
 hopper-gate-%: $(VENV)/triton-%
 	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate --hopper
