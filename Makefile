@@ -4,6 +4,7 @@
 #   make test         run the test suite                (PYTEST_ARGS="-k golden" for a part)
 #   make lint types   ruff; mypy
 #   make test-kernels compile-gate   the GPU kernels in Triton's interpreter; compiled for GPUs that are not here
+#   make test-long    what is too long for the whole check: minutes
 #   make test-oldest  ops, kernels, model and pretraining under the oldest PyTorch that is supported: downloads gigabytes
 #   make cpu-gate     the CPU kernels compiled for every instruction set, their loops held to budgets
 #   make cpp-test cpp-test-aarch64   the CPU kernels without Python; those for AArch64 in QEMU
@@ -36,7 +37,7 @@ CONSTRAINTS ?= constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 SOURCES := setup.py pyproject.toml constraints.txt proteinbert_fast/_version.py $(wildcard csrc/* csrc/cpu/*)
 
-.PHONY: help embed test test-kernels test-kernel-tools test-oldest compile-gate cpu-gate cpp-test cpp-test-aarch64 gpu-first-dry-run sanitize lint types wheel-test pretrain-demo bench bench-sets dev clean
+.PHONY: help embed test test-long test-marked-long test-kernels test-kernel-tools test-oldest compile-gate cpu-gate cpp-test cpp-test-aarch64 gpu-first-dry-run sanitize lint types wheel-test pretrain-demo bench bench-sets dev clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -82,34 +83,44 @@ $(VENV)/.base: $(VENV)/.build-tools $(SOURCES)
 	$(PIP_INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.build-tools $(SOURCES)
-	@echo "==> installing proteinbert_fast and what its tests need (the first time with PyTorch, which is large: minutes)"
-	$(PIP_INSTALL) --no-build-isolation --editable '.[test]'
-	@touch $(VENV)/.base $@
+# By name, which the editable package satisfies: it is compiled once.
+$(VENV)/.test: $(VENV)/.base
+	@echo "==> installing what the tests need"
+	$(PIP_INSTALL) --quiet 'proteinbert-fast[test]'
+	@touch $@
 
-$(VENV)/.dev: $(VENV)/.build-tools $(SOURCES)
-	@echo "==> installing proteinbert_fast and every development tool"
-	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
-	@touch $(VENV)/.base $(VENV)/.test $@
+$(VENV)/.dev: $(VENV)/.test
+	@echo "==> installing every development tool"
+	$(PIP_INSTALL) --quiet 'proteinbert-fast[dev]'
+	@touch $@
 
 embed: $(VENV)/.base
 	$(BIN)/proteinbert-fast embed $(FASTA) --output $(OUT) --overwrite --model $(MODEL)
 
 # On all cores (at most 8: each process holds PyTorch), one thread each: threads of several processes would wait for
-# each other. What must not depend on threads asks for its own.
-IN_PARALLEL := OMP_NUM_THREADS=1 PYTEST_XDIST_AUTO_NUM_WORKERS=$(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
-ALL_CORES := --numprocesses auto --dist loadfile
+# each other. What must not depend on threads asks for its own, which sleep while they wait: spinning, they take the
+# core from those they wait for.
+ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+IN_PARALLEL := $(ONE_THREAD) PYTEST_XDIST_AUTO_NUM_WORKERS=$(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+ALL_CORES := --numprocesses auto --dist worksteal
 
 test: $(VENV)/.test
 	$(IN_PARALLEL) $(BIN)/python -m pytest $(ALL_CORES) $(PYTEST_ARGS)
+
+# What takes too long for every change; CONTRIBUTING.md lists it. With Triton, so that no test marked long is left out.
+test-long: test-marked-long $(patsubst %,compile-gate-long-%,$(filter-out $(lastword $(TRITONS)),$(TRITONS)))
+
+test-marked-long: $(VENV)/triton-$(lastword $(TRITONS))
+	$(RUN_KERNELS) --long only --durations 0 $(PYTEST_ARGS)
 
 # Without a GPU, in Triton's interpreter, with the newest Triton and the oldest supported, each in a folder of its own.
 # The last of them goes through everything, the others through all kernels on fewer inputs. What is more than kernels and
 # model (emulator, gate, report, tuning) is a target of its own, for `make --jobs`.
 KERNEL_TOOLS := $(patsubst %,tests/ops/kernels/test_%.py,local_block_hopper local_block_backward_hopper compile_gate gpu_report gpu_first tuning)
 KERNELS_ALONE := $(patsubst %,tests/ops/kernels/test_%.py,operations gradients losses launching warm)
-RUN_KERNELS = OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -p no:cacheprovider
+RUN_KERNELS = $(IN_PARALLEL) TRITON_INTERPRET=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -p no:cacheprovider $(ALL_CORES)
 
+.PRECIOUS: $(VENV)/triton-%
 $(VENV)/triton-%: $(VENV)/.test
 	$(PIP_INSTALL) --quiet --no-deps --target $@ triton==$*
 
@@ -138,7 +149,10 @@ test-oldest:
 compile-gate: $(TRITONS:%=compile-gate-%) $(HOPPER_TRITONS:%=hopper-gate-%)
 
 compile-gate-%: $(VENV)/triton-%
-	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate $(if $(filter $(lastword $(TRITONS)),$*),,--brief)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate $(if $(filter $(lastword $(TRITONS)),$*),,--brief 90)
+
+compile-gate-long-%: $(VENV)/triton-%
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate --brief 80 100
 
 hopper-gate-%: $(VENV)/triton-%
 	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $<) $(BIN)/python -m tests.ops.kernels.compile_gate --hopper
@@ -218,11 +232,16 @@ bench-sets: $(VENV)/.dev
 dev: $(VENV)/.dev
 
 # The tests run beside no package source: in the unpacked sdist without proteinbert_fast/ and csrc/, so that what is
-# imported can only be the installed wheel. That shows the sdist to be complete, too. Not the whole suite, which
-# `make test` runs: the same code is tested, and what is asked here is whether all of it is there.
-wheel-test: $(VENV)/.dev
+# imported can only be the installed wheel. That shows the sdist to be complete, too. A smoke part of the suite: `make test`
+# tests the same code, and what is asked here is whether all of it is there. The environment has the wheel alone, and finds
+# what it requires in $(VENV), where the same requirements were installed.
+SMOKE_TESTS := $(patsubst %,tests/%.py,test_package test_golden cli/test_main cli/test_doctor ops/test_isa ops/test_backends)
+SMOKE_KERNELS := tests/ops/kernels/test_model.py -k golden
+
+wheel-test: $(VENV)/.dev $(VENV)/triton-$(lastword $(TRITONS))
 	rm -rf dist
-	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m tests.wheel_contents dist/*.whl
 	@set -eu; \
 	temp=$$(mktemp -d); trap 'rm -rf "$$temp"' EXIT; \
 	mkdir "$$temp/tree"; \
@@ -230,10 +249,13 @@ wheel-test: $(VENV)/.dev
 	rm -r "$$temp/tree/proteinbert_fast" "$$temp/tree/csrc" "$$temp/tree/setup.py"; \
 	echo "==> installing $$(echo dist/*.whl) into a new environment"; \
 	$(PYTHON) -m venv "$$temp/venv"; \
-	"$$temp/venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(echo dist/*.whl)[test]"; \
+	"$$temp/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps dist/*.whl; \
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo "$$temp"/venv/lib/python3*/site-packages)/requirements.pth"; \
+	triton=$(abspath $(VENV))/triton-$(lastword $(TRITONS)); \
 	cd "$$temp/tree"; \
-	"$$temp/venv/bin/python" -c 'import proteinbert_fast; print("==> testing", proteinbert_fast.__file__)'; \
-	$(IN_PARALLEL) "$$temp/venv/bin/python" -m pytest $(ALL_CORES) -m "not slow" tests/test_*.py tests/cli tests/ops $(PYTEST_ARGS)
+	"$$temp/venv/bin/python" -c 'import sys, proteinbert_fast as p; assert p.__file__.startswith(sys.prefix), p.__file__; print("==> testing", p.__file__)'; \
+	$(IN_PARALLEL) "$$temp/venv/bin/python" -m pytest $(ALL_CORES) -m "not slow" $(SMOKE_TESTS) $(PYTEST_ARGS); \
+	$(ONE_THREAD) TRITON_INTERPRET=1 PYTHONPATH="$$triton" "$$temp/venv/bin/python" -m pytest $(SMOKE_KERNELS) $(PYTEST_ARGS)
 
 clean:
 	rm -rf .venv .venv-oldest .triton-cache pretrain-demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks embeddings.h5*

@@ -4,7 +4,7 @@ import os
 import shutil
 from glob import glob
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import CompileError
 
@@ -21,6 +21,8 @@ class BuildExtensions(build_ext):
         compiler = getattr(self.compiler, "compiler_cxx", None)  # MSVC finds its own
         if compiler and shutil.which(compiler[0]) is None:
             raise SystemExit(f"error: {NEEDED} (looked for {compiler[0]!r}; CXX chooses another)")
+        # One extension has a file, so that compiling an extension's files side by side saves nothing.
+        self.parallel = self.parallel or os.cpu_count()
         try:
             super().build_extensions()
         except CompileError as error:
@@ -39,7 +41,6 @@ def extension(name: str) -> Pybind11Extension:
     )
 
 
-ParallelCompile(default=os.cpu_count() or 1).install()
 setup(
     ext_modules=[extension("tokenizer"), extension("cpu_kernels"), extension("records")],
     cmdclass={"build_ext": BuildExtensions},

@@ -15,6 +15,22 @@ DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "leave out the tests that are marked long, or run them alone"
+    parser.addoption("--long", choices=("without", "only"), default="without", help=what)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Every test runs with one value of --long and not with the other, whatever -m and -k say."""
+    wants_long = config.getoption("--long") == "only"
+    kept, left_out = [], []
+    for item in items:
+        (kept if (item.get_closest_marker("long") is not None) == wants_long else left_out).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict[str, np.ndarray]:
     """Numbers made by running the original; tests/data/golden/README.md explains every key."""

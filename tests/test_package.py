@@ -192,6 +192,7 @@ class TestDocuments:
         for page in ROOT.glob("docs/*.md"):
             assert page.name == "README.md" or f"]({page.name})" in index, page.name
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("page", [page for page in GUIDES if blocks(page, "python")], ids=name_of)
     def test_python_snippets_run(self, page: Path, tmp_path: Path) -> None:
         """All snippets of a page, in turn in one interpreter, in a folder that holds proteins.fasta."""

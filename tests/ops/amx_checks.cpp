@@ -1,6 +1,7 @@
-// Products on the emulated tile unit and the checks of amx.h, without Python: compiled by test_cpu_amx.py, also from sources
-// with mistakes planted (then with PBF_EMULATED_ALONE, which compiles faster), under AddressSanitizer. Prints what is wrong, one
-// a line, or "right".
+// Products on the emulated tile unit and the checks of amx.h, without Python: compiled by test_cpu_amx.py, under
+// AddressSanitizer. Prints what is wrong, one a line, or "right". With PBF_EMULATED_ALONE, products with mistakes planted are
+// checked instead, and nothing that has none of them is compiled: PBF_MISTAKES(use) of mistakes.h, which test_cpu_amx.py makes,
+// names a namespace for each.
 
 #ifndef PBF_EMULATED_ALONE
 #include <immintrin.h>
@@ -37,7 +38,9 @@ namespace emulated {
 
 #include "cpu/tile_weight_gradient.h"
 }  // namespace emulated
-#ifndef PBF_EMULATED_ALONE
+#ifdef PBF_EMULATED_ALONE
+#include "mistakes.h"
+#else
 #undef PBF_TILES
 #define PBF_TILES HardwareTiles
 namespace hardware {
@@ -90,6 +93,7 @@ void operator delete(void* room, std::align_val_t) noexcept { std::free(room); }
 namespace {
 
 const AmxPack pack = emulated::pack_column<bf16, bf16>;
+using WeightGradientOf = void (*)(const WeightGradient<bf16>&, std::int64_t, std::int64_t, int);
 
 void say(const std::string& what, const std::string& found) {
     std::printf("%s: %s\n", what.c_str(), found.empty() ? "right" : found.c_str());
@@ -141,7 +145,7 @@ void check_runs(AmxProduct product, AmxPack pack) {
 }
 
 // Sums of small integers over rows, in memory that ends where it may be read, onto what is there already.
-void check_weight_gradients(void (*weight_gradient)(const WeightGradient<bf16>&, std::int64_t, std::int64_t, int)) {
+void check_weight_gradients(WeightGradientOf weight_gradient) {
     struct Case {
         int inputs, columns, taps, dilation;
     };
@@ -358,6 +362,14 @@ int main(int, char** arguments) {
         check_products(emulated::product, pack);
         check_runs(emulated::product, pack);
         check_weight_gradients(emulated::weight_gradient<bf16>);
+#ifdef PBF_EMULATED_ALONE
+#define PBF_CHECK(mistake)                                     \
+    } else if (what == #mistake) {                             \
+        check_products(mistake::product, mistake::pack_column<bf16, bf16>); \
+        check_runs(mistake::product, mistake::pack_column<bf16, bf16>);     \
+        check_weight_gradients(mistake::weight_gradient<bf16>);
+        PBF_MISTAKES(PBF_CHECK)
+#endif
     } else if (what == "arithmetic") {
         check_arithmetic();
     } else if (what == "count") {

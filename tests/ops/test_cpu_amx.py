@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from proteinbert_fast import _cpu_kernels
 from proteinbert_fast.ops import cpu
 from tests.ops import test_cpu
+from tests.tools import missing
 
 CSRC = Path(__file__).parents[2] / "csrc"
 CHECKS = Path(__file__).with_name("amx_checks.cpp")
@@ -34,8 +36,10 @@ def emulated():
 
 def compiled(sources: Path, output: Path, *options: str) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None or not (CSRC / "cpu").is_dir():
-        pytest.skip("needs a C++ compiler and the sources")
+    if not (CSRC / "cpu").is_dir():
+        pytest.skip("the installed package has no C++ sources")
+    if compiler is None:
+        missing("needs a C++ compiler")
     subprocess.run(
         [compiler, "-std=c++17", "-O1", "-fsanitize=address", "-Wno-psabi", f"-I{sources}", *options, str(CHECKS),
          "-o", str(output), "-pthread", "-ldl"],
@@ -215,19 +219,74 @@ MISTAKES = {
 }  # fmt: skip
 
 
+PLANTED_IN = ("tile_product.h", "tile_weight_gradient.h", "tile_unit.h")
+
+
+def planted(source: str, mistake: str) -> str:
+    right, wrong = MISTAKES.get(mistake, ("", ""))
+    text = (CSRC / "cpu" / source).read_text()
+    return text.replace(right, wrong) if right else text
+
+
+def with_mistakes(folder: Path) -> Path:
+    """The checks of every mistake in the products, in one program: most of a compilation is what they share."""
+    (folder / "mistakes.h").write_text(
+        "".join(
+            f"""namespace mistake_{i} {{
+#include "cpu/vector.h"
+
+#include "cpu/product.h"
+#include "{i}/tile_product.h"
+#include "cpu/weight_gradient.h"
+
+#include "{i}/tile_weight_gradient.h"
+}}
+"""
+            for i in range(len(MISTAKES) + 1)  # and without any
+        )
+        + f"#define PBF_MISTAKES(use) {' '.join(f'use(mistake_{i})' for i in range(len(MISTAKES) + 1))}\n"
+    )
+    for i, mistake in enumerate([*MISTAKES, "none"]):
+        (folder / str(i)).mkdir()
+        for source in PLANTED_IN[:2]:
+            (folder / str(i) / source).write_text(planted(source, mistake))
+    return compiled(CSRC, folder / "checks", "-DPBF_EMULATED_ALONE", f"-I{folder}")
+
+
+@pytest.fixture(scope="session")
+def mistakes(tmp_path_factory) -> Path:
+    """One for all processes of a run."""
+    temporary = tmp_path_factory.getbasetemp()
+    folder = (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / "amx_mistakes"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            making = tmp_path_factory.mktemp("making")
+            with_mistakes(making)
+            making.rename(folder)
+    return folder / "checks"
+
+
+def is_right(done: subprocess.CompletedProcess[str]) -> bool:
+    return done.returncode == 0 and done.stdout == "".join(f"{name}: {found}\n" for name, found in RIGHT.items())
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_isa_amx_mistakes_are_found(checks, tmp_path, mistake):
-    right, wrong = MISTAKES[mistake]
+def test_isa_amx_mistakes_are_found(mistakes, tmp_path, mistake):
+    sources = [s for s in PLANTED_IN if planted(s, mistake) != planted(s, "none")]
+    assert sources
+    if "tile_unit.h" not in sources:
+        assert not is_right(run(mistakes, f"mistake_{[*MISTAKES].index(mistake)}"))
+        return
+    # The check itself includes that one.
     shutil.copytree(CSRC / "cpu", tmp_path / "cpu")
-    found = 0
-    for name in ("tile_product.h", "tile_unit.h", "tile_weight_gradient.h"):
-        source = tmp_path / "cpu" / name
-        text = source.read_text()
-        found += text.count(right)
-        source.write_text(text.replace(right, wrong))
-    assert found
-    done = run(compiled(tmp_path, tmp_path / "checks", "-DPBF_EMULATED_ALONE"), "products")
-    assert done.returncode != 0 or done.stdout != "".join(f"{name}: {found}\n" for name, found in RIGHT.items())
+    (tmp_path / "cpu" / "tile_unit.h").write_text(planted("tile_unit.h", mistake))
+    (tmp_path / "mistakes.h").write_text("#define PBF_MISTAKES(use)\n")
+    assert not is_right(run(compiled(tmp_path, tmp_path / "checks", "-DPBF_EMULATED_ALONE"), "products"))
+
+
+def test_isa_amx_without_a_mistake_none_is_found(mistakes):
+    assert is_right(run(mistakes, f"mistake_{len(MISTAKES)}"))
+    assert is_right(run(mistakes, "products"))
 
 
 def test_isa_amx_self_check_finds_wrong_products(checks):
@@ -314,7 +373,7 @@ def loops_with_dots(disassembly: str) -> list[list[str]]:
 def test_isa_amx_inner_loops_are_tiles_alone():
     """All products of loaded tiles in four, and of tiles that stay in the measured peak; else addresses' arithmetic."""
     if shutil.which("objdump") is None:
-        pytest.skip("needs objdump")
+        missing("needs objdump")
     disassembly = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", _cpu_kernels.__file__], check=True, capture_output=True, text=True
     ).stdout

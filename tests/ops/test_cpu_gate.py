@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools import missing
+
 from .cpu_gate import (
     CROSS,
     CROSS_OBJDUMP,
@@ -200,7 +202,7 @@ def tools() -> Toolchain:
     try:
         found = toolchain()
     except RuntimeError as error:
-        pytest.skip(str(error))
+        missing(str(error))
     assert found.machine == "x86_64"
     return found
 
@@ -271,7 +273,7 @@ def test_a_tile_too_high_for_neon_fails(tools, tmp_path):
     try:
         cross = toolchain(CROSS, CROSS_OBJDUMP)
     except RuntimeError as error:
-        pytest.skip(str(error))
+        missing(str(error))
     csrc = planted(tmp_path / "csrc", "#define PBF_ROWS 5", "#define PBF_ROWS 6")
     lines = faults(cross, NEON, functions_of(disassemble(cross, NEON, csrc)))
     assert any(re.match(r"product_tile<6, 4, float>: \d+ vectors spilled to the stack", line) for line in lines)

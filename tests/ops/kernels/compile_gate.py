@@ -2,8 +2,9 @@
 
     make compile-gate
 
-``--brief`` compiles bfloat16 of the published width for three chips, ``--hopper`` only the kernels written for Hopper,
-which another version of Triton can break on its own.
+``--brief 90`` compiles bfloat16 of the published width for one chip, or for more, ``--hopper`` only the kernels written
+for Hopper, which another version of Triton can break on its own. Machine code is kept in build/, by content: Triton's
+key for it is made of a kernel's source, its arguments and options, and of Triton itself.
 
 What a budget guards: registers spilled to memory (LDL), shared memory beyond the chip's, products that lost the
 matrix units or, on Hopper, lost wgmma or had it serialised, and a compiler fault that leaves 32 registers. What is
@@ -58,8 +59,7 @@ WGMMA = (
     "local_block", "first_block", "global_attention", "convolution_gradient", "weight_gradient",
     "dense_weight_gradient", "first_weight_gradient", "attention",
 )  # fmt: skip
-# Capability, dtype and width of what --brief compiles.
-BRIEF = {(c, "bfloat16", 128) for c in (80, 90, 100)}
+COMPILED = Path(__file__).resolve().parents[3] / "build" / "compile-gate"
 
 
 @dataclass(frozen=True)
@@ -437,11 +437,10 @@ def faults(target: Target, found: dict[str, Any]) -> list[str]:
 
 
 def compile_apart(*wanted: Target) -> list[dict[str, Any]]:
-    """As `compile_here`, in a process with an empty cache; {"crashed": why} for one that ended it."""
-    with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"TRITON_CACHE_DIR": cache, "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_INTERPRET": "0"}
-        command = [sys.executable, "-m", "tests.ops.kernels.compile_gate", json.dumps([asdict(t) for t in wanted])]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    """As `compile_here`, in a process of its own; {"crashed": why} for one that ended it."""
+    environment = {"TRITON_CACHE_DIR": str(COMPILED), "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "tests.ops.kernels.compile_gate", json.dumps([asdict(t) for t in wanted])]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
     # Between them, what the compiler says of code that it fails on.
     found: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
     if len(found) < len(wanted):
@@ -457,19 +456,27 @@ def cause(said: str) -> str:
     return (errors or re.findall(r"^.*\w.*$", said, re.MULTILINE)[-1:] or [""])[0]
 
 
+def chosen(arguments: Sequence[str]) -> list[Target]:
+    """What the command line asks for."""
+    match list(arguments):
+        case []:
+            return targets()
+        case ["--hopper"]:
+            return hopper_targets()
+        case ["--brief", *chips]:
+            wanted = [(int(chip), "bfloat16", 128) for chip in chips]
+            return [t for t in targets() if (t.capability, t.dtype, t.d_local) in wanted]
+    raise SystemExit(f"compile_gate: unknown arguments: {' '.join(arguments)}")
+
+
 def main(arguments: Sequence[str]) -> int:
-    chosen = {
-        (): targets,
-        ("--brief",): lambda: [t for t in targets() if (t.capability, t.dtype, t.d_local) in BRIEF],
-        ("--hopper",): hopper_targets,
-    }.get(tuple(arguments))
-    if chosen is None:
+    if arguments and arguments[0].startswith("["):
         for target in json.loads(arguments[0]):
             print(json.dumps(compile_here(Target(**target))), flush=True)
         return 0
-    wanted = chosen()
+    wanted = chosen(arguments)
     if not wanted:
-        print(f"FAIL nothing to compile: {why_no_hopper()}")
+        print(f"FAIL nothing to compile: {why_no_hopper() or ' '.join(arguments)}")
         return 1
     # To start a process takes as long as to compile two targets. Neighbours take alike long, so they are dealt out.
     n = os.cpu_count() or 1
