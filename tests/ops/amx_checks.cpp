@@ -233,7 +233,7 @@ void count(int rows, int inputs, int columns, int taps) {
     u = EmulatedUnit{};
     std::vector<bf16> gradient((rows + 2 * reach) * columns);
     std::vector<float> sums(w.size());
-    emulated::weight_gradient(WeightGradient<bf16>{x.data(), gradient.data(), sums.data(), inputs, columns, taps, 1}, reach,
+    emulated::direct_weight_gradient(WeightGradient<bf16>{x.data(), gradient.data(), sums.data(), inputs, columns, taps, 1}, reach,
                               rows + reach, 1);
     std::printf("%ld %ld %ld %ld\n", u.dots, u.loads, u.stores, u.configurations);
 }
@@ -361,13 +361,13 @@ int main(int, char** arguments) {
     if (what == "products") {
         check_products(emulated::product, pack);
         check_runs(emulated::product, pack);
-        check_weight_gradients(emulated::weight_gradient<bf16>);
+        check_weight_gradients(emulated::direct_weight_gradient<bf16>);
 #ifdef PBF_EMULATED_ALONE
 #define PBF_CHECK(mistake)                                     \
     } else if (what == #mistake) {                             \
         check_products(mistake::product, mistake::pack_column<bf16, bf16>); \
         check_runs(mistake::product, mistake::pack_column<bf16, bf16>);     \
-        check_weight_gradients(mistake::weight_gradient<bf16>);
+        check_weight_gradients(mistake::direct_weight_gradient<bf16>);
         PBF_MISTAKES(PBF_CHECK)
 #endif
     } else if (what == "arithmetic") {
@@ -379,7 +379,7 @@ int main(int, char** arguments) {
         const AmxPack pack_512 = emulated_512::pack_column<bf16, bf16>;
         check_products(emulated_512::product, pack_512);
         check_runs(emulated_512::product, pack_512);
-        check_weight_gradients(emulated_512::weight_gradient<bf16>);
+        check_weight_gradients(emulated_512::direct_weight_gradient<bf16>);
     } else if (what == "self-check") {
         say("wrong row", check_amx<EmulatedTiles>(wrong_row, pack));
         say("slightly wrong", check_amx<EmulatedTiles>(slightly_wrong, pack));
