@@ -333,7 +333,7 @@ def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert [group["name"] for group in found["groups"]] == ["forward", "train", "embed"]
     rows = [row for group in found["groups"] for row in group["rows"]]
     assert {row["table"] for row in rows} >= {forward.MANY, forward.ONE, FEW, train.TABLE, MODEL_ALONE, machine.TABLE}
-    here = [row for row in rows if other_package_version() != "not installed" or row["name"] != OTHER_PACKAGE]
+    here = [row for row in rows if other_package_version() != "not installed" or row["case"] != OTHER_PACKAGE]
     assert {row["status"] for row in here if row["table"] != machine.TABLE} == {"measured"}
     n = Numbers(found)
     assert n.over(forward.MANY, "float32", "padded")
