@@ -22,7 +22,7 @@ public:
         float* sums = buffer.room(matrices_ * size);
         std::fill(sums, sums + matrices_ * size, 0.0f);
         const int panels = (a_.columns + kColumns - 1) / kColumns, pieces = panels * matrices_;
-        // No more shares than threads, but for many: each transforms all of x.
+        // One for each thread, no more: each transforms all of x.
         const int shares = std::min(pieces, threads);
         parallel_for(shares, threads, [&](std::int64_t share) {
             add(static_cast<int>(pieces * share / shares), static_cast<int>(pieces * (share + 1) / shares), sums);

@@ -70,7 +70,7 @@ class Claim:
         if os.path.exists(self.path(MANIFEST)):
             raise InputError(
                 f"{self.output}: an interrupted {self.NOUN} is in {self.folder}; "
-                "go on with --resume, or start anew with --overwrite"
+                "go on with --resume, or start again with --overwrite"
             )
 
     def __enter__(self) -> Self:
@@ -108,9 +108,9 @@ class Claim:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise InputError(f"{self.path(MANIFEST)}: cannot be read; start anew with --overwrite") from error
+            raise InputError(f"{self.path(MANIFEST)}: cannot be read; start again with --overwrite") from error
         if manifest.get("schema") != self.MANIFEST_SCHEMA:
-            raise InputError(f"{self.folder}: was made by another version; start anew with --overwrite")
+            raise InputError(f"{self.folder}: was made by another version; start again with --overwrite")
         return manifest
 
     def _refuse_other_output(self, manifest: Manifest | None, difference: str) -> None:

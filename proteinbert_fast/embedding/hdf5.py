@@ -164,4 +164,4 @@ class _ShardReader:
                 crc32 = zlib.crc32(data, crc32)
                 yield np.frombuffer(data, dtype).reshape(-1, width)
         if left or zlib.crc32(self._tail, crc32) != self._shard.crc32:
-            raise ProteinBertError(f"{self._path}: is damaged on the disk; start anew with --overwrite")
+            raise ProteinBertError(f"{self._path}: is damaged on the disk; start again with --overwrite")

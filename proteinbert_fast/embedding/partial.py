@@ -165,7 +165,7 @@ class PartialRun(Claim):
             self.run, self._kernels = run, run.get("kernels")
         else:
             if difference := _difference(manifest["run"], run):
-                raise InputError(f"{self.output}: cannot resume: {difference}; start anew with --overwrite")
+                raise InputError(f"{self.output}: cannot resume: {difference}; start again with --overwrite")
             self.run, self._overwrite = manifest["run"], manifest["overwrite"]
             self._state = _State(tuple(Shard(**shard) for shard in manifest["shards"]), None, True)
             self._check_shards()
@@ -204,7 +204,7 @@ class PartialRun(Claim):
         for shard in self.shards:
             path = self.path(shard.file)
             if not os.path.exists(path) or os.path.getsize(path) != shard.size:
-                raise InputError(f"{path}: is missing or damaged; start anew with --overwrite")
+                raise InputError(f"{path}: is missing or damaged; start again with --overwrite")
 
     @property
     def shards(self) -> tuple[Shard, ...]:

@@ -148,7 +148,7 @@ def _remedy(before: str) -> str:
     """How to have the kernels of a record again."""
     name, _, version = before.partition(", version ")
     if _SEPARATOR in before or not version:
-        return "start anew"
+        return "start again"
     if version != str(KERNELS_VERSION):
         return f"use the release that has version {version} of them"
     known = _cpu_kernels.instruction_sets()

@@ -146,7 +146,7 @@ def test_resumed_build_gives_the_same_bytes(
     assert not out.exists()
     assert (tmp_path / "out.h5.partial").exists() == (after > 0)
     if after:
-        with pytest.raises(InputError, match=r"an interrupted build is in .*; go on with --resume, or start anew"):
+        with pytest.raises(InputError, match=r"an interrupted build is in .*; go on with --resume, or start again"):
             build_corpus(output=out, **inputs)
     build_corpus(output=out, resume=True, **inputs)
     assert out.read_bytes() == (tmp_path / "whole.h5").read_bytes()
@@ -232,7 +232,7 @@ def test_another_build_is_not_resumed(
     with pytest.raises(InputError) as error:
         build_corpus(output=out, resume=True, **(inputs | options))
     assert f"{out}: cannot resume: {says}" in str(error.value)
-    assert str(error.value).endswith("; start anew with --overwrite")
+    assert str(error.value).endswith("; start again with --overwrite")
     # A refusal spoils nothing; the number of workers may change.
     kept = sorted(os.listdir(tmp_path / "out.h5.partial"))
     assert len(kept) > 5
@@ -256,7 +256,7 @@ def test_a_damaged_run_is_not_used(inputs: dict[str, Any], tmp_path: Path) -> No
     interrupted(inputs, out)
     path = tmp_path / "out.h5.partial" / "run-000-00000.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"run-000-00000\.bin: is missing or damaged; start anew with --overwrite"):
+    with pytest.raises(InputError, match=r"run-000-00000\.bin: is missing or damaged; start again with --overwrite"):
         build_corpus(output=out, resume=True, **inputs)
     (tmp_path / "out.h5.partial" / "manifest.json").write_text("{")
     with pytest.raises(InputError, match=r"manifest\.json: cannot be read"):

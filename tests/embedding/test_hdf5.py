@@ -280,14 +280,14 @@ def test_damaged_shard_is_found(
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(ProteinBertError, match=r"shard-000000\.bin: is damaged on the disk; start anew"):
+    with pytest.raises(ProteinBertError, match=r"shard-000000\.bin: is damaged on the disk; start again"):
         embed(fasta, output, model=model, resume=True)
     shard.write_bytes(content[:-1])
-    with pytest.raises(InputError, match=r"shard-000000\.bin: is missing or damaged; start anew"):
+    with pytest.raises(InputError, match=r"shard-000000\.bin: is missing or damaged; start again"):
         embed(fasta, output, model=model, resume=True)
     manifest = tmp_path / "out.h5.partial" / "manifest.json"
     manifest.write_text("{")
-    with pytest.raises(InputError, match=r"manifest\.json: cannot be read; start anew with --overwrite"):
+    with pytest.raises(InputError, match=r"manifest\.json: cannot be read; start again with --overwrite"):
         embed(fasta, output, model=model, resume=True)
     embed(fasta, output, model=model, overwrite=True)
     assert os.listdir(tmp_path) == ["out.h5"]

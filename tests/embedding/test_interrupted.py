@@ -237,7 +237,7 @@ def interrupted(model: ProteinBert, fasta: Path, output: Path, **options: Any) -
 def test_interrupted_run_is_not_overwritten_by_chance(model: ProteinBert, fasta: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
     interrupted(model, fasta, output)
-    with pytest.raises(InputError, match=r"an interrupted run is in .*; go on with --resume, or start anew"):
+    with pytest.raises(InputError, match=r"an interrupted run is in .*; go on with --resume, or start again"):
         embed(fasta, output, model=model, **OPTIONS)
     summary = embed(fasta, output, model=model, overwrite=True, **OPTIONS)
     assert summary.resumed == 0
@@ -266,7 +266,7 @@ def test_resume_with_other_settings_is_refused(
     interrupted(model, fasta, output)
     with pytest.raises(InputError) as error:
         embed(fasta, output, model=model, resume=True, **OPTIONS, **options)
-    assert str(error.value) == f"{output}: cannot resume: {says}; start anew with --overwrite"
+    assert str(error.value) == f"{output}: cannot resume: {says}; start again with --overwrite"
     # A refusal spoils nothing.
     assert embed(fasta, output, model=model, resume=True, **OPTIONS).resumed > 0
     with pytest.raises(InputError) as error:
@@ -394,7 +394,7 @@ def test_resume_after_another_version_is_refused(
 ) -> None:
     interrupted(model, fasta, tmp_path / "out.h5")
     monkeypatch.setattr(partial.PartialRun, "MANIFEST_SCHEMA", 2)
-    with pytest.raises(InputError, match="was made by another version; start anew with --overwrite"):
+    with pytest.raises(InputError, match="was made by another version; start again with --overwrite"):
         embed(fasta, tmp_path / "out.h5", model=model, resume=True, **OPTIONS)
 
 

@@ -141,7 +141,7 @@ def test_a_run_of_several_kernels_goes_on_under_the_flag_alone(model: ProteinBer
     interrupted(model, fasta, output)
     _cpu_kernels.use_instruction_set(OTHER)
     interrupted(model, fasta, output, resume=True, allow_different_kernels=True)
-    says = f'was computed by the kernels "{FIRST_RECORD}" and "{OTHER_RECORD}", whose bits .*: start anew, or resume'
+    says = f'was computed by the kernels "{FIRST_RECORD}" and "{OTHER_RECORD}", whose bits .*: start again, or resume'
     for name in (FIRST, OTHER):
         _cpu_kernels.use_instruction_set(name)
         with pytest.raises(InputError, match=says):
@@ -202,7 +202,7 @@ def test_an_interrupted_run_without_the_record_is_refused(model: ProteinBert, fa
         embed(fasta, output, model=model, resume=True, **OPTIONS)
     assert str(error.value) == (
         f'{output}: does not say which kernels computed it, which may be others than "{kernels_in_use()}" here: '
-        "start anew, or resume with --allow-different-kernels"
+        "start again, or resume with --allow-different-kernels"
     )
     embed(fasta, output, model=model, resume=True, allow_different_kernels=True, **OPTIONS)
     assert attributes(output)[0] == f"unknown; {kernels_in_use()}"

@@ -76,7 +76,7 @@ def test_a_run_of_another_set_is_refused_or_names_both(small_corpus, tmp_path, c
         "bits differ from here on"
     ]
     assert (done.step, record_of(folder)) == (3, [BOTH] * 2)
-    says = f'was computed by the kernels "{FIRST_RECORD}" and "{OTHER_RECORD}", whose bits .*: start anew, or resume'
+    says = f'was computed by the kernels "{FIRST_RECORD}" and "{OTHER_RECORD}", whose bits .*: start again, or resume'
     for name in (OTHER, FIRST):
         _cpu_kernels.use_instruction_set(name)
         with pytest.raises(InputError, match=says):
@@ -131,7 +131,7 @@ def test_a_checkpoint_without_the_record(small_corpus, tmp_path, without_record)
         pretrain(small_corpus, folder, CONFIG, resume=True)
     assert str(error.value) == (
         f"{folder}/checkpoints/step-00000002: does not say which kernels computed it, which may be others than "
-        f'"{FIRST_RECORD}" here: start anew, or resume with --allow-different-kernels'
+        f'"{FIRST_RECORD}" here: start again, or resume with --allow-different-kernels'
     )
     done = pretrain(small_corpus, folder, CONFIG, resume=True, allow_different_kernels=True)
     assert done.is_complete

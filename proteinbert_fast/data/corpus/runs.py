@@ -157,20 +157,20 @@ class PartialBuild(Claim):
             self._refuse_other_output(manifest, difference)
         if manifest is not None:
             if difference := _difference(manifest["build"], build):
-                raise InputError(f"{self.output}: cannot resume: {difference}; start anew with --overwrite")
+                raise InputError(f"{self.output}: cannot resume: {difference}; start again with --overwrite")
             self._overwrite = manifest["overwrite"]
             before = [Progress(**file) for file in manifest["files"]]
             for was, now, source in zip(before, files, sources, strict=True):
                 if (was.bytes, was.mtime_ns) != (now.bytes, now.mtime_ns):
                     raise InputError(
-                        f"{source.path}: has changed since the build was interrupted; start anew with --overwrite"
+                        f"{source.path}: has changed since the build was interrupted; start again with --overwrite"
                     )
             files = before
             runs = [Run(**run) for run in manifest["runs"]]
             for run in runs:
                 path = self.path(run.file)
                 if not os.path.exists(path) or os.path.getsize(path) != run.starts[-1]:
-                    raise InputError(f"{path}: is missing or damaged; start anew with --overwrite")
+                    raise InputError(f"{path}: is missing or damaged; start again with --overwrite")
             self._state = _State(files, runs)
         else:
             self._state = _State(files)
@@ -367,7 +367,7 @@ class RunReader:
                     wanted = int(end[name] - begin[name])
                     values = np.fromfile(file, dtype, wanted)
                     if len(values) != wanted:
-                        raise ProteinBertError(f"{file.name}: is damaged; start anew with --overwrite")
+                        raise ProteinBertError(f"{file.name}: is damaged; start again with --overwrite")
                     return values
 
                 rows = part("row", starts[0], _ROW)
@@ -400,7 +400,7 @@ class RunReader:
             file.seek(first * _INDEX.itemsize)
             index = np.fromfile(file, _INDEX, stop - first + 1)
         if len(index) != stop - first + 1:
-            raise ProteinBertError(f"{self._build.path(run.file)}: is damaged; start anew with --overwrite")
+            raise ProteinBertError(f"{self._build.path(run.file)}: is damaged; start again with --overwrite")
         return index
 
 
